@@ -22,18 +22,22 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+import typer.main
 from chromium import BROWSER, Chromium
 from filelock import FileLock
 from hypothesis import settings
 from PIL import Image
 from warm import Server
 
+from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.errors import MopefuseError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MOPEFUSE_FLUSH_DENORMALS", "0")  # commands run in this process, and hypothesis draws such numbers
 _CACHE = tempfile.TemporaryDirectory(prefix="mopefuse-cache-")
 os.environ["MOPEFUSE_CACHE"] = _CACHE.name  # of all tests, and gone with them
+typer.main.get_command = functools.cache(typer.main.get_command)  # otherwise every `call` builds all commands anew
+os.fsync = lambda file: None  # no test outlives the machine, and some disks take long
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: threads of several workers slow each other many times over
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job of the background, and what tests start would inherit it
@@ -45,7 +49,9 @@ pytest.register_assert_rewrite("artefact_cases", "families", "plugin_cases")  # 
 
 LABELS = ("a", "b", "c")
 COUNTS = {"train": 12, "val": 6, "test": 7}
-TINY = ("--main", "tiny:vision", "--comp", "tiny:text", "--device", "cpu", "--experts", "2", "--batch", "4")
+PLAIN = ("--compat", "paper", "--gate", "zero", "--set", "head_norm=layer")
+"""Gated prompts in every layer, without warm start, FiLM and a head on all features, for tests of anything but these."""
+TINY = ("--main", "tiny:vision", "--comp", "tiny:text", "--device", "cpu", "--experts", "2", "--batch", "4", *PLAIN)
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -68,6 +74,12 @@ def thinned(rows: Iterable[tuple[Any, ...]], step: int) -> list[Any]:
     """Parametrize with rows of several names, of which the quick tier runs every `step`-th."""
     marks = pytest.mark.matrix
     return [row if number % step == 0 else pytest.param(*row, marks=marks) for number, row in enumerate(rows)]
+
+
+def plain_config(values: dict[str, Any]) -> RunConfig:
+    """Build the configuration of a run with the settings of `PLAIN`, unless `values` has others."""
+    prompts = {"gate": "zero", **values.get("prompts", {})}
+    return build_config({"compat": "paper", "head_norm": "layer", **values, "prompts": prompts})
 
 
 def make_pairs(root: Path, *, multi: bool = False, counts: dict[str, int] = COUNTS) -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -29,9 +31,16 @@ def fork(action: Callable[[], Any]) -> int:
         os._exit(code)
 
 
-def end_of(child: int) -> int:
-    """Wait for a child to end; return its exit code, or minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def end_of(child: int, timeout: float = 240) -> int:
+    """Wait for a child to end; return its exit code, or minus the signal that killed it. A child that hangs is killed."""
+    deadline = time.monotonic() + timeout
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise TimeoutError(f"the child process did not end in {timeout:g} s; what it runs may not survive a fork")
+        time.sleep(0.005)
+    return os.waitstatus_to_exitcode(ended[1])
 
 
 def has_ended(child: int) -> bool:

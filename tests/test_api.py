@@ -265,8 +265,8 @@ def test_training_changes_only_the_trainable_state() -> None:
     other = build()
     other.load_trainable_state_dict(model.trainable_state_dict())
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())
-    with pytest.raises(CheckpointError, match=r"head.bias is missing · load_trainable_state_dict"):
-        other.load_trainable_state_dict({k: v for k, v in model.trainable_state_dict().items() if k != "head.bias"})
+    with pytest.raises(CheckpointError, match=r"head.linear.bias is missing · load_trainable_state_dict"):
+        other.load_trainable_state_dict({k: v for k, v in model.trainable_state_dict().items() if k != "head.linear.bias"})
 
 
 @pytest.mark.parametrize("method", ["conditional", "late-concat", "linear", "mlp", "cross-attention", "qmf"])
@@ -336,11 +336,11 @@ def test_a_model_that_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path
             mopefuse.save_adapter(build(), out, labels=labels, thresholds=thresholds)
     broken = build()
     with torch.no_grad():
-        broken.head.bias[0] = float("nan")
-    with pytest.raises(NumericError, match=r"the weights head\.bias are not finite"):
+        broken.head.linear.bias[0] = float("nan")
+    with pytest.raises(NumericError, match=r"the weights head\.linear\.bias are not finite"):
         mopefuse.save_adapter(broken, out, labels=labels)
     for changed in (build().to(torch.bfloat16), build()):
-        if changed.head.weight.dtype == torch.float32:
+        if changed.head.linear.weight.dtype == torch.float32:
             with torch.no_grad():
                 next(changed.encoder("comp").parameters()).add_(1.0)
         with pytest.raises(EncoderError, match="encoder are no longer those of tiny:") as caught:
@@ -395,7 +395,7 @@ def test_every_code_block_of_the_page_runs(pairs: Path, tmp_path: Path, monkeypa
         found, wanted = again(again.collate(rows)).logits, model(model.collate(rows)).logits
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
     start = mopefuse.build_fusion("tiny:vision", "tiny:text", labels=model.labels, experts=4)
-    assert not torch.equal(start.head.weight, model.head.weight), "the loop has trained the model"
+    assert not torch.equal(start.head.linear.weight, model.head.linear.weight), "the loop has trained the model"
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 

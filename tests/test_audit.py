@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pairs, matrix, write_rows
+from conftest import make_pairs, matrix, plain_config, write_rows
 
-from mopefuse.config.schema import RunConfig, build_config
+from mopefuse.config.schema import RunConfig
 from mopefuse.data.load import load_data
 from mopefuse.data.perturbed import derangement
 from mopefuse.evaluation.audit import audit, audit_model
@@ -35,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(data: Path, **other: Any) -> RunConfig:
     common = {"main": "tiny:vision", "comp": "tiny:text", "data": {"path": str(data)}, "device": "cpu"}
-    return build_config(common | {"prompts": {"experts": 2, "dropout": 0.0, "gate": "none"}} | other)
+    return plain_config(common | {"prompts": {"experts": 2, "dropout": 0.0, "gate": "none"}} | other)
 
 
 def model_of(config: RunConfig) -> Fusion:

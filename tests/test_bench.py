@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_cli
+from conftest import plain_config, run_cli
 
 from mopefuse.bench import inserted_tokens, memory, scale
 from mopefuse.bench.pair import PairBench, bench_pair, random_batch
 from mopefuse.bench.timing import Times, Turns
 from mopefuse.bench.variants import FLOOR, QUARTER, Subject, Variant, build_encoders, conditional, variants
 from mopefuse.cli.bench import PAIRS
-from mopefuse.config.schema import RunConfig, build_config
+from mopefuse.config.schema import RunConfig
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders.base import Encoder, create_encoder
 from mopefuse.encoders.tiny import TinyEncoder
@@ -38,7 +38,7 @@ MAINS = {
 
 
 def prepared(config: dict[str, Any], variant: Variant) -> Subject:
-    built = build_config(config)
+    built = plain_config(config)
     encoders = build_encoders(built, CPU)
     return Subject(variant, built, encoders, random_batch(encoders, 3, 6, CPU), CPU)
 
@@ -65,7 +65,7 @@ def test_only_inserted_tokens_pass_through_the_output_projection() -> None:
     assert isinstance(encoder, PromptedEncoder)
     rows: list[int] = []
     encoder._slots[0].block.attn.proj.register_forward_hook(lambda m, args, out: rows.append(args[0].shape[1]))  # type: ignore[union-attr]
-    stack = build_static_stack(build_config({**TINY, "prompts": {"static": 3, "gate": "none"}}).prompts, encoder)
+    stack = build_static_stack(plain_config({**TINY, "prompts": {"static": 3, "gate": "none"}}).prompts, encoder)
     batch = {"pixels": torch.zeros(2, 64, 64, 3, dtype=torch.uint8)}
     prompts = stack.condition({})
     encoder.encode(batch, prompts)
@@ -151,7 +151,7 @@ def test_calls_alternate_and_some_are_timed_more_often() -> None:
 
 @pytest.fixture(scope="module")
 def found() -> PairBench:
-    config = build_config({**TINY, "train": {"precision": "fp32"}})
+    config = plain_config({**TINY, "train": {"precision": "fp32"}})
     return bench_pair(config, batch=2, text_length=6, experts=(4, 16), methods=("linear", "mmbt"), rounds=1, more=1)
 
 
@@ -279,7 +279,7 @@ def test_start_up_is_timed_for_help_version_and_errors() -> None:
 def test_scaling_is_measured_along_every_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     axes = {"experts": (1, 4), "prompt tokens": (2, 12), "batch": (1, 2), "text length": (4, 8)}
     monkeypatch.setattr(scale, "AXES", axes)
-    points = scale.bench_scale(build_config(TINY), batch=2, text_length=6, rounds=1)
+    points = scale.bench_scale(plain_config(TINY), batch=2, text_length=6, rounds=1)
     wanted = [(axis, value) for axis, values in axes.items() for value in values]
     assert [(point.axis, point.value) for point in points] == wanted
     assert all(point.ratio > 0 for point in points)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, call, code_of, make_pairs, matrix, ranks, write_rows
+from conftest import TINY, call, code_of, make_pairs, matrix, plain_config, ranks, write_rows
 from PIL import Image
 from safetensors.torch import load_file
 
-from mopefuse.config.schema import Data, build_config
+from mopefuse.config.schema import Data
 from mopefuse.core import cache
 from mopefuse.data.collate import Samples
 from mopefuse.data.features import split_features
@@ -61,7 +61,7 @@ def settings(root: Path, main: str = "tiny:vision", comp: str = "tiny:text", **d
         "data": {"path": str(root), **data},
         "train": {"epochs": 2, "batch_size": 5, "log_every": 1},
     }
-    return build_config(values)
+    return plain_config(values)
 
 
 def result(run: Path) -> tuple[dict[str, torch.Tensor], str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call
+from conftest import call, plain_config
 from missing_cases import holes
 from run_cases import check_eval_report_and_export
 from test_cross_attention import Given
@@ -17,7 +17,6 @@ from test_mlp import config, missing
 from test_swap import SMALL, WIDER, config_of, pair
 from torch import Tensor
 
-from mopefuse.config.schema import build_config
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Prompt, create_encoder
 from mopefuse.errors import ConfigError, DataError, EncoderError
@@ -159,7 +158,7 @@ def test_settings_and_encoders_that_do_not_fit_are_refused() -> None:
         build(method="flamingo", main="timm:resnet18?pretrained=false", comp="tiny:text")
     comp = Given("text", 4)
     comp.token_width = 0
-    values = build_config({"main": "tiny:vision", "comp": "b:2", "method": "flamingo"})
+    values = plain_config({"main": "tiny:vision", "comp": "b:2", "method": "flamingo"})
     with pytest.raises(EncoderError, match="does not provide its tokens"):
         Flamingo(values, {"main": create_encoder("tiny:vision"), "comp": comp}, 2)
 
@@ -259,7 +258,7 @@ def test_a_main_encoder_of_other_widths_keeps_the_resampler() -> None:
 
 
 def test_its_defaults_are_its_own_and_settings_of_other_methods_are_reported_as_unused() -> None:
-    values = build_config({"main": "tiny:vision", "comp": "tiny:text", "method": "flamingo"})
+    values = plain_config({"main": "tiny:vision", "comp": "tiny:text", "method": "flamingo"})
     assert (values.train.lr, values.train.schedule, values.head_hidden) == (1e-3, "cosine", 0)
     assert build(method="mlp", flamingo=SMALLER).unused_sections() == ["flamingo"]
     changed = {"cross_attention": {"width": 8}, "flamingo": SMALLER, "layers": "last:1"}

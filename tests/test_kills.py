@@ -7,16 +7,16 @@ a folder is created or a name changed or removed, and the process dies before th
 from __future__ import annotations
 
 import json
-import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dying
 import pytest
-from conftest import call, make_pairs, matrix
+from conftest import call, make_pairs, matrix, warm_server
+from dying import die_at
 from forks import end_of, fork
 from PIL import Image
 from prepare_cases import food101
@@ -30,46 +30,38 @@ from mopefuse.data.digit_questions import make
 from mopefuse.data.load import load_data
 from mopefuse.encoders.base import create_encoder
 from mopefuse.studies.compare import study_facts
-from mopefuse.studies.study import run_study
-from mopefuse.studies.study_file import STUDY_FILE, read_study
+from mopefuse.studies.study_file import STUDY_FILE
 from mopefuse.training.train import train
 
 MOMENTS = (0, 1, 2, 3, 5, 7, 10, 14, 19, 25, 32, 40, 60, 90, 130, 200)
-_CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink"}
 Action = Callable[[], Any]
 
 
-def die_at(moment: int, watched: Path) -> None:
-    """From now on, kill this process at its change number `moment` in a folder."""
-    seen = 0
-
-    def look(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if event not in _CHANGES | {"open"} or not str(arguments[0]).startswith(str(watched)):
-            return
-        flags = int(arguments[2] or 0) if event == "open" else 0
-        if event == "open" and not flags & (os.O_WRONLY | os.O_RDWR):
-            return
-        seen += 1
-        if seen == moment + 1:
-            if event == "open":
-                os.open(arguments[0], flags, 0o644)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(look)
-
-
 def kill_often(
-    action: Action, watched: Path, check: Action, *, at_least: int = 4, moments: tuple[int, ...] = MOMENTS
+    action: Action | tuple[object, ...],
+    watched: Path,
+    check: Action,
+    *,
+    at_least: int = 4,
+    moments: tuple[int, ...] = MOMENTS,
 ) -> int:
-    """Repeat an action and kill it, each time a little later, until it finishes; return the number of kills."""
+    """Repeat an action and kill it, each time a little later, until it finishes; return the number of kills.
+
+    Args:
+        action: a function, called in forks of this process, or the arguments of a command that uses libraries which may have
+            started threads in this process and would wait for them in a fork, as vl_convert does.
+    """
     for kills, moment in enumerate(moments):
 
         def doomed(moment: int = moment) -> None:
+            assert callable(action)
             die_at(moment, watched)
             action()
 
-        code = end_of(fork(doomed))
+        if callable(action):
+            code = end_of(fork(doomed))
+        else:
+            code = warm_server().run([dying.__file__, str(moment), str(watched), *map(str, action)]).returncode
         check()
         if code == 0:
             assert kills >= at_least, "it finished before it could be killed often enough"
@@ -163,7 +155,7 @@ def test_a_killed_report_leaves_no_partial_page(trained: Path, tmp_path: Path) -
                     image.load()
 
     out.mkdir()
-    report = cli("report", trained, "--no-audit", "-o", out / "page.html", "--figures", out / "figures")
+    report = ("report", trained, "--no-audit", "-o", out / "page.html", "--figures", out / "figures")
     kill_often(report, out, whole, moments=(*MOMENTS[::2], 200))
     assert (out / "page.html").is_file() and list((out / "figures").glob("*.png"))
 
@@ -199,13 +191,12 @@ def test_a_killed_study_continues(pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     file = write_study(tmp_path, pairs, seeds=[0], grid={"prompts.experts": [1]}, baseline=None)
-    study = read_study(str(file), ["train.max_steps=1"])
 
     def whole() -> None:
         if (out / STUDY_FILE).exists():
             assert study_facts(out)["cells"][0]["state"] in ("waiting", "running", "finished")
 
-    kill_often(lambda: run_study(study, out), out, whole, at_least=3)
+    kill_often(("study", file, "--out", out, "--set", "train.max_steps=1"), out, whole, at_least=3)
     assert study_facts(out)["cells"][0]["state"] == "finished"
 
 

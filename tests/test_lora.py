@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import call, matrix
+from conftest import call, matrix, plain_config
 from encoder_cases import Case
 from families import FAMILIES, QUICK
 from oracles import insert_prompts
@@ -18,7 +18,7 @@ from test_fusion import TEXTS, build, images, open_gates
 from test_tuned import ALL, predict_logits, sides
 from torch import Tensor, nn
 
-from mopefuse.config.schema import Lora, RunConfig, build_config
+from mopefuse.config.schema import Lora, RunConfig
 from mopefuse.core.tensor_files import read_tensors
 from mopefuse.data.load import load_data
 from mopefuse.encoders.base import Encoder, Inputs, Prompt, create_encoder
@@ -272,7 +272,7 @@ def test_the_fingerprint_covers_the_pretrained_weights_but_not_lora() -> None:
 def test_a_swapped_encoder_gets_a_new_lora_and_the_other_keeps_it(new: dict[str, str], anew: str, carried: str) -> None:
     def model(seed: int, **encoders: str) -> Fusion:
         values = {"main": "tiny:vision", "comp": "tiny:text", "method": "late-concat", "tune": "lora", "seed": seed}
-        return build_model(build_config(values | encoders), 2)
+        return build_model(plain_config(values | encoders), 2)
 
     old = model(0)
     learn(old)
@@ -290,7 +290,7 @@ def test_a_swapped_encoder_gets_a_new_lora_and_the_other_keeps_it(new: dict[str,
 def config(pairs: Path, epochs: int = 2, **changed: Any) -> RunConfig:
     values = {"main": SMALL_VIT, "comp": SMALL_BERT, "device": "cpu", "data": {"path": str(pairs)}, "lora": {"rank": 2}}
     values["train"] = {"epochs": epochs, "batch_size": 6, "schedule": "constant", "lr": 1e-2}
-    return build_config(values | changed)
+    return plain_config(values | changed)
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -367,7 +367,7 @@ def test_trainable_parameters_match_the_definition_for_vit_b_and_bert_base() -> 
     vit, bert = depth * rank * (width + 3 * width), depth * 2 * rank * (width + width)
     head = labels * 2 * width + labels
     values = {"main": "timm:vit_base?pretrained=false", "comp": "hf:bert-base?pretrained=false"}
-    model = build_model(build_config({**values, "method": "late-concat", "tune": "lora"}), labels)
+    model = build_model(plain_config({**values, "method": "late-concat", "tune": "lora"}), labels)
     assert model.breakdown() == {
         "LoRA of the main encoder": vit,
         "LoRA of the complementary encoder": bert,

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import call
+from conftest import call, plain_config
 from pydantic import BaseModel
 
-from mopefuse.config.schema import RunConfig, build_config
+from mopefuse.config.schema import RunConfig
 from mopefuse.config.setting_paths import nest
 from mopefuse.core import device as devices
 from mopefuse.core.dependencies import convert_error
@@ -39,12 +39,12 @@ def integers(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
 @pytest.mark.parametrize("path", [path for path in integers() if not path.endswith("seed")])
 def test_every_integer_setting_has_an_upper_bound(path: str) -> None:
     with pytest.raises(ConfigError, match=path.rpartition(".")[2]):
-        build_config({**TINY, **nest(path, 10**12)})
+        plain_config({**TINY, **nest(path, 10**12)})
 
 
 def test_layer_indices_that_no_encoder_has_are_refused() -> None:
     with pytest.raises(ConfigError, match="layers"):
-        build_config({**TINY, "prompts": {"layers": "last:1000000000000"}})
+        plain_config({**TINY, "prompts": {"layers": "last:1000000000000"}})
 
 
 @pytest.mark.parametrize("flags", [("--top", 10**23), ("--batch", 10**23)])
@@ -54,7 +54,7 @@ def test_integers_on_the_command_line_are_bounded(trained: Path, pairs: Path, fl
 
 def test_experts_that_do_not_fit_into_memory_are_refused_before_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "free_memory", lambda device: 10**9)
-    config = build_config({**TINY, "prompts": {"experts": 4096, "dynamic": 4096}})
+    config = plain_config({**TINY, "prompts": {"experts": 4096, "dynamic": 4096}})
     with pytest.raises(ResourceError) as caught:
         build.build_model(config, 3)
     assert caught.value.where == "prompts.experts=4096, prompts.dynamic=4096"
@@ -67,7 +67,7 @@ def test_a_model_that_cannot_be_allocated_is_an_error_with_its_sizes(monkeypatch
 
     monkeypatch.setattr("mopefuse.fusion.conditional.PromptStack", refuse)
     with pytest.raises(ResourceError, match="no memory for the model") as caught:
-        build.build_model(build_config({**TINY, "prompts": {"static": 4000}}), 3)
+        build.build_model(plain_config({**TINY, "prompts": {"static": 4000}}), 3)
     assert caught.value.where == "prompts.static=4000"
 
 

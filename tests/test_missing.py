@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from conftest import call, plain_config
 from missing_cases import holes, train, weights
 from test_fusion import TEXTS, build, images, open_gates
 
-from mopefuse.config.schema import build_config
 from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
 from mopefuse.data.modality_dropout import ModalityDropout, removal_order
@@ -172,11 +171,11 @@ def test_with_either_late_concat_handles_a_missing_main_modality() -> None:
 
 @pytest.fixture(scope="module")
 def data(pairs: Path) -> Any:
-    return load_data(build_config({"main": "tiny:vision", "comp": "tiny:text", "data": {"path": str(pairs)}}).data)
+    return load_data(plain_config({"main": "tiny:vision", "comp": "tiny:text", "data": {"path": str(pairs)}}).data)
 
 
 def samples(data: Any, model: Fusion, **changed: Any) -> Samples:
-    config = build_config({"main": "a:1", "comp": "b:2", "data": {"path": str(data.root)}})
+    config = plain_config({"main": "a:1", "comp": "b:2", "data": {"path": str(data.root)}})
     return Samples(data, "train", model.readers(), config.data, training=True, **changed)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, call, code_of, make_pairs, write_rows
+from conftest import TINY, call, code_of, make_pairs, plain_config, write_rows
 from PIL import Image
 
 from mopefuse import build_fusion, load
-from mopefuse.config.schema import Data, build_config
+from mopefuse.config.schema import Data
 from mopefuse.data.base import Batch, DataSet
 from mopefuse.data.check import check
 from mopefuse.data.collate import Samples
@@ -298,7 +298,7 @@ def test_features_of_missing_values_are_those_of_a_blank_value(data: Path) -> No
     for number in (3, 7):
         change(data, "train", number, text=None)
     found, encoder = read(data, on_missing="absent"), create_encoder("tiny:text")
-    config = build_config({**READERS, "device": "cpu", "data": {"path": str(data)}})
+    config = plain_config({**READERS, "device": "cpu", "data": {"path": str(data)}})
     nothing = run_frozen(encoder, encoder.preprocess.batch([""])).pooled_BC
     computed = build_fusion(**READERS, num_labels=3).pooled_feature("comp", batch(samples(found), 3, 0))
     torch.testing.assert_close(computed[:1], nothing, atol=1e-5, rtol=0)
@@ -356,7 +356,7 @@ def test_modalities_that_no_encoder_reads_can_be_left_out() -> None:
 @pytest.mark.parametrize("policy", ["error", "absent"])
 def test_predict_applies_the_policy_of_the_run(policy: str, data: Path, tmp_path: Path) -> None:
     where, run = {"path": str(data), "on_missing": policy}, tmp_path / "run"
-    train(build_config({**READERS, "device": "cpu", "data": where, "train": {"max_steps": 1}}), run)
+    train(plain_config({**READERS, "device": "cpu", "data": where, "train": {"max_steps": 1}}), run)
     image = {"img": "images/test-1.png"}
     write_rows(data / "new.jsonl", [{"text": "x"}, {**image, "text": None}, {"text": "", "img": ""}, {**image, "text": "x"}])
     done = call("predict", run, data / "new.jsonl")

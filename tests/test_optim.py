@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import plain_config
 
-from mopefuse.config.schema import build_config
 from mopefuse.training.optim import factor, load_optimizer_state
 
 
@@ -23,7 +23,7 @@ def test_the_optimiser_state_is_moved_to_the_device_of_its_parameters() -> None:
 def test_learning_rate_schedules_match_their_definitions() -> None:
     def at(schedule: str, step: int, **more: float) -> float:
         values = {"main": "x:y", "comp": "x:y", "train": {"schedule": schedule, **more}}
-        return factor(build_config(values).train, step, 100)
+        return factor(plain_config(values).train, step, 100)
 
     assert [at("paper", step) for step in (0, 29, 30, 59, 60, 99)] == pytest.approx([1, 1, 0.4, 0.4, 0.16, 0.16])
     assert [at("constant", step) for step in (0, 99)] == [1, 1]

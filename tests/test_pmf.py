@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call
+from conftest import call, plain_config
 from encoder_cases import hf_case, save_hf, timm_case
 from test_fusion import PAIRS, TEXTS, build, images, open_gates
 from test_tuned import predict_logits
 from torch import Tensor
 
-from mopefuse.config.schema import build_config
 from mopefuse.core.tensor_files import read_tensors
 from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.evaluation.evaluate import evaluate
@@ -254,7 +253,7 @@ def test_a_run_can_be_evaluated_and_exported(pairs: Path, tmp_path: Path) -> Non
 def test_a_resumed_run_is_equal_bit_for_bit(pairs: Path, tmp_path: Path) -> None:
     def config(epochs: int) -> Any:
         values = {"main": "tiny:text", "comp": "tiny:vision", "method": "pmf", "data": {"path": str(pairs)}}
-        return build_config({**values, "train": {"epochs": epochs, "batch_size": 6, "schedule": "constant"}})
+        return plain_config({**values, "train": {"epochs": epochs, "batch_size": 6, "schedule": "constant"}})
 
     train(config(2), tmp_path / "whole")
     train(config(1), tmp_path / "parts")
@@ -271,7 +270,7 @@ def test_the_default_bottleneck_follows_the_encoders(pairs: Path, tmp_path: Path
     values = {"main": "tiny:vision", "comp": "tiny:text", "method": "pmf", "data": {"path": str(pairs)}, "train": {"epochs": 0}}
     wider = "timm:vit_tiny?pretrained=false&img_size=32&depth=2&embed_dim=128&num_heads=4"
     for name, chosen, expected in (("default", {}, (48, 64)), ("chosen", {"bottleneck": 7}, (7, 7))):
-        train(build_config({**values, "pmf": chosen}), tmp_path / name)
+        train(plain_config({**values, "pmf": chosen}), tmp_path / name)
         swap_encoder(tmp_path / name, tmp_path / f"{name}-wider", main=wider)
         found = tuple(RunFolder(tmp_path / run).config().pmf.bottleneck for run in (name, f"{name}-wider"))
         assert found == expected

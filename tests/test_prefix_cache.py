@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, code_of, make_pairs, matrix, ranks, write_rows
+from conftest import TINY, code_of, make_pairs, matrix, plain_config, ranks, write_rows
 
-from mopefuse.config.schema import Data, RunConfig, build_config
+from mopefuse.config.schema import Data, RunConfig
 from mopefuse.core import cache
 from mopefuse.core.artifact import sha256
 from mopefuse.data.base import DataSet
@@ -68,7 +68,7 @@ def settings(root: Path, prefix: str = "on", **more: Any) -> RunConfig:
             values.setdefault(section, {})[key] = value
         else:
             values[section] = value
-    return build_config(values)
+    return plain_config(values)
 
 
 COURSES: dict[str, dict[str, Any]] = {

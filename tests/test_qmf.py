@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call
+from conftest import call, plain_config
 from missing_cases import holes
 from run_cases import check_eval_report_and_export
 from test_cross_attention import Given
@@ -20,7 +20,6 @@ from test_swap import pair
 from torch import Tensor
 
 import mopefuse
-from mopefuse.config.schema import build_config
 from mopefuse.data.base import Batch
 from mopefuse.fusion.output import SideOutputs
 from mopefuse.fusion.qmf import QMF, ranking_loss
@@ -111,7 +110,7 @@ def test_the_loss_is_that_of_the_fused_logits_of_every_side_that_is_there_and_of
     model = qmf(head_hidden=0).train()
     batch = missing(model.collate(images(4), TEXTS[:4]), "comp", [2])
     batch = replace(batch, targets=torch.tensor([0, 6, 2, 3]))
-    values = build_config({"main": "tiny:vision", "comp": "tiny:text", "qmf": {"rank_weight": 0.7}})
+    values = plain_config({"main": "tiny:vision", "comp": "tiny:text", "qmf": {"rank_weight": 0.7}})
     weights_N = torch.arange(1.0, 8.0)
     loss = Backward(model, values, torch.device("cpu"), multi_label=False, weights=weights_N)(batch, 4, has_share=True)
     output = model(batch)
@@ -150,7 +149,7 @@ def test_each_side_is_trusted_where_it_knows_the_answer() -> None:
         features = {side: torch.where(knows_B[:, None], clear_B4, noise_B4) for side, knows_B in sides.items()}
         return Batch({}, features, label_B, torch.arange(count)), label_B, torch.stack([*sides.values()], dim=1)
 
-    values = build_config({"main": "a:1", "comp": "b:2", "method": "qmf", "head_hidden": 16})
+    values = plain_config({"main": "a:1", "comp": "b:2", "method": "qmf", "head_hidden": 16})
     torch.manual_seed(0)
     model = QMF(values, {"main": Given("image", 4), "comp": Given("text", 4)}, 4).train()
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-2)

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call
+from conftest import call, plain_config
 from test_fusion import TEXTS, build, images, open_gates
 from test_swap import SMALL, config_of, kept, pair
 
-from mopefuse.config.schema import build_config
 from mopefuse.config.sides import specs, specs_by_side, with_specs
 from mopefuse.core.precision import normalize_feature
 from mopefuse.data.load import load_data
@@ -41,12 +40,12 @@ def several(comp: list[str] = TWO, **options: object) -> Fusion:
 
 
 def test_sides_of_a_configuration() -> None:
-    config = build_config({"main": "a:1", "comp": ["b:2", "c:3"]})
+    config = plain_config({"main": "a:1", "comp": ["b:2", "c:3"]})
     assert specs(config) == {"main": "a:1", "comp": "b:2", "comp2": "c:3"}
     assert specs(with_specs(config, {"comp2": "d:4"})) == {"main": "a:1", "comp": "b:2", "comp2": "d:4"}
-    assert build_config({"main": "a:1", "comp": ["b:2"]}) == build_config({"main": "a:1", "comp": "b:2"})
+    assert plain_config({"main": "a:1", "comp": ["b:2"]}) == plain_config({"main": "a:1", "comp": "b:2"})
     with pytest.raises(ConfigError, match="comp"):
-        build_config({"main": "a:1", "comp": []})
+        plain_config({"main": "a:1", "comp": []})
 
 
 @pytest.mark.parametrize(

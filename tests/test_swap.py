@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, call, make_pairs, matrix, ranks, write_rows
+from conftest import TINY, call, make_pairs, matrix, plain_config, ranks, write_rows
 from safetensors.torch import load_file
 
-from mopefuse.config.schema import build_config
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
 from mopefuse.training.inherit import inherit
@@ -28,7 +27,7 @@ WIDER = SMALL.replace("embed_dim=48", "embed_dim=96")
 
 
 def config_of(**changed: Any) -> Any:
-    return build_config({"main": "tiny:vision", "comp": "tiny:text", "prompts": {"experts": 3}, "device": "cpu"} | changed)
+    return plain_config({"main": "tiny:vision", "comp": "tiny:text", "prompts": {"experts": 3}, "device": "cpu"} | changed)
 
 
 Labels = tuple[list[str], list[str]]

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, call, code_of, ranks, write_rows
+from conftest import TINY, call, code_of, plain_config, ranks, write_rows
 from test_fusion import TEXTS, build, images, open_gates
 from test_prefix_cache import Notices, assert_same_course, log, make_texts
 from torch import Tensor
 
-from mopefuse.config.schema import build_config
 from mopefuse.core import cache
 from mopefuse.core.precision import normalize_feature
 from mopefuse.data.base import Batch
@@ -82,7 +81,7 @@ def settings(root: Path, **more: Any) -> Any:
             values[section][key] = value
         else:
             values[name] = value
-    return build_config(values)
+    return plain_config(values)
 
 
 # -- masked prompts
@@ -250,7 +249,7 @@ def test_an_encoder_without_tokens_is_refused() -> None:
     encoders = {"main": create_encoder("tiny:vision"), "comp": create_encoder("tiny:text")}
     encoders["comp"].token_width = 0
     with pytest.raises(EncoderError, match="tiny:text does not provide its tokens") as raised:
-        ConditionalFusion(build_config({"main": "a:1", "comp": "b:2", "prompts": RESAMPLED}), encoders, 2)
+        ConditionalFusion(plain_config({"main": "a:1", "comp": "b:2", "prompts": RESAMPLED}), encoders, 2)
     assert raised.value.where == "--condition tokens" and "--condition pooled" in raised.value.fix
 
 

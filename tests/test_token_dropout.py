@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pairs, matrix
+from conftest import make_pairs, matrix, plain_config
 from test_encoders import batch_of, prompts_for
 from test_fusion import TEXTS, build, images, open_gates
 from torch import Tensor, nn
 
-from mopefuse.config.schema import build_config
 from mopefuse.core.tensor_files import read_tensors
 from mopefuse.encoders.base import Encoder, Prefix, Prompt
 from mopefuse.errors import ConfigError
@@ -97,7 +96,7 @@ def test_a_run_resumes_bit_for_bit(tmp_path: Path, cache: str) -> None:
     def settings(epochs: int) -> Any:
         prompts = {"static": 2, "dynamic": 0, "token_dropout": 0.5, "layers": "last:2"}
         values = {"main": "tiny:vision", "comp": "tiny:text", "prompts": prompts, "device": "cpu"}
-        return build_config(
+        return plain_config(
             values
             | {"data": {"path": str(data), "cache_prefix": cache}}
             | {"train": {"epochs": epochs, "batch_size": 6, "schedule": "constant"}}

@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pairs, matrix
+from conftest import make_pairs, matrix, plain_config
 from forks import end_of, fork, has_ended
 
-from mopefuse.config.schema import build_config
 from mopefuse.core.tensor_files import read_tensors
 from mopefuse.errors import ConfigError, DataError, Interrupted, MopefuseError, NumericError
 from mopefuse.runs.folder import RunFolder
@@ -50,7 +49,7 @@ def config(data: Path, /, **changed: Any) -> Any:
             values.setdefault(section, {})[key] = value
         else:
             values[section] = value
-    return build_config(values)
+    return plain_config(values)
 
 
 class StopAt(Listener):
@@ -395,7 +394,7 @@ def test_settings_that_a_method_does_not_use_are_reported(data: Path, tmp_path: 
 def test_the_saved_configuration_is_complete(data: Path, tmp_path: Path) -> None:
     values = {key: value for key, value in BASE.items() if key != "prompts"} | {"data": {"path": str(data)}}
     values["train"] = {"epochs": 1}
-    train(build_config(values), tmp_path / "run")
+    train(plain_config(values), tmp_path / "run")
     saved = RunFolder(tmp_path / "run").config()
     assert (saved.prompts.static, saved.prompts.dynamic) == (6, 6)
     assert saved.prompts.init == pytest.approx((6 / (3 * 4**2 + 96)) ** 0.5)

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import call, make_pairs, matrix
+from conftest import call, make_pairs, matrix, plain_config
 
-from mopefuse.config.schema import build_config
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.core.tensor_files import read_tensors
 from mopefuse.data.features import split_features
@@ -49,7 +48,7 @@ def config(data: Path, /, **changed: Any) -> Any:
     for path, value in changed.items():
         section, _, key = path.partition("__")
         values[section] = value if not key else {**values.get(section, {}), key: value}
-    return build_config(values)
+    return plain_config(values)
 
 
 def probabilities_of(run: Path) -> np.ndarray:

@@ -44,18 +44,29 @@ cached features takes a second or two.
 """
 
 
+CONDITIONAL: dict[str, Any] = {
+    "warm_start": "auto",
+    "head_features": "all",
+    "head_hidden": 256,
+    "prompts": {"film": True, "layers": "last:1/3", "token_dropout": None},
+    "train": {"epochs": 5, "lr": 2e-3, "lr_head": 1e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": 0.1},
+}
+"""Defaults of the method conditional without ``compat``, chosen by measurement; see "Defaults" in docs/results.md."""
+
 BEST_START: dict[str, Any] = {"head_hidden": 256}
-"""What ``warm_start: auto`` sets unless it is given: without a hidden layer, the head could not start as an MLP."""
+"""What ``warm_start: auto`` sets, with ``compat``, unless it is given: without a hidden layer, the head could not start as an
+MLP."""
 
 
 def defaults_of(values: dict[str, Any]) -> dict[str, Any]:
     """The settings, nested, that ``method``, ``warm_start`` and ``compat`` of a configuration set unless they are given."""
-    method, compat = values.get("method"), values.get("compat")
+    method, compat = values.get("method", "conditional"), values.get("compat")
+    papers = {"paper": PAPER, "official": OFFICIAL}.get(compat) if isinstance(compat, str) else None
     found = METHODS.get(method, {}) if isinstance(method, str) else {}
-    if method in (None, "conditional") and values.get("warm_start") == "auto":
-        found = BEST_START
-    papers = {"paper": PAPER, "official": OFFICIAL}
-    return merge(found, papers.get(compat, {})) if isinstance(compat, str) else found
+    if method == "conditional":
+        with_papers = BEST_START if values.get("warm_start") == "auto" else {}
+        found = CONDITIONAL if papers is None else with_papers
+    return merge(found, papers or {})
 
 
 def without_idle_side(values: dict[str, Any]) -> dict[str, Any]:

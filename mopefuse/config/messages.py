@@ -53,11 +53,15 @@ def field_at(model: Model, path: Path) -> FieldInfo:
     return field
 
 
-def help_text(field: FieldInfo, *, default: bool = True) -> str:
-    """The description of a setting as a sentence, with its example, its default (if wanted) and its bounds."""
+def help_text(field: FieldInfo, *, default: bool = True, of_method: Any = None) -> str:
+    """The description of a setting as a sentence, with its example, its default (if wanted) and its bounds.
+
+    Args:
+        of_method: the default of the method conditional, if it has its own.
+    """
     text = field.description or ""
     example = f", such as {field.examples[0]}" if field.examples else ""
-    value = field.get_default()
+    value = field.get_default() if of_method is None else "on" if of_method is True else of_method
     shown = default and isinstance(value, int | float | str) and not isinstance(value, bool) and value != ""
     facts = [*([f"default: {value}"] if shown else []), *bounds(field)]
     if command_line_type(field) == list[str]:

@@ -132,7 +132,7 @@ def saved_config(path: Path) -> RunConfig:
     Raises:
         CheckpointError: the file cannot be read. ConfigError: not YAML, or settings that are invalid.
     """
-    return build_config(read_recipe(path, saved=True), source=str(path))
+    return build_config(read_recipe(path, saved=True), source=str(path), saved=True)
 
 
 def parse_set(assignments: Iterable[str]) -> dict[str, Any]:

@@ -52,8 +52,12 @@ class Prompts(Section):
         "all", description="layers to prompt: all, first:N, last:N, last:1/N for a fraction, or indices from 0 such as 0,3,5"
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout on prompts, in training")
-    token_dropout: float = Field(
-        0.0, ge=0, lt=1, description="fraction of main's patches dropped ahead of the first prompted layer, in training"
+    token_dropout: float | None = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="fraction of main's patches dropped ahead of the first prompted layer, in training; null: 0.4 if main is a "
+        "ViT, else 0",
     )
     gate: Literal["none", "zero"] = Field(
         "zero", description="gate on the prompts: learned, starting at 0 (zero), or none, as in the papers"
@@ -232,7 +236,8 @@ class Train(Section):
     lr: float | None = Field(
         None,
         gt=0,
-        description="learning rate; default: 4e-4 if main reads images, else 5e-4; mlp, cross-attention, qmf, flamingo: 1e-3",
+        description="learning rate; mlp, cross-attention, qmf, flamingo: 1e-3; other methods and compat: 4e-4 if main reads "
+        "images, else 5e-4",
     )
     lr_comp: float | None = Field(
         None, gt=0, description="learning rate of a trained complementary encoder; default: lr, or lr_tuned if fully tuned"
@@ -329,17 +334,21 @@ class RunConfig(Section):
         return self
 
 
-def build_config(values: dict[str, Any], *, source: str = "", names: Mapping[str, str] | None = None) -> RunConfig:
+def build_config(
+    values: dict[str, Any], *, source: str = "", names: Mapping[str, str] | None = None, saved: bool = False
+) -> RunConfig:
     """Validate `values` as a `RunConfig`, with the defaults of the method and of ``compat``.
 
     Args:
+        saved: the values were saved with a model: settings that did not exist then get their neutral value, that of the
+            schema, not the default of the method.
         names: names of settings in messages, if they differ from the path: path to flag.
 
     Raises:
         ConfigError: every problem at once, each with its path; unknown keys with the nearest known one.
     """
     values = without_idle_side(values)
-    values = merge(defaults_of(values), values)
+    values = values if saved else merge(defaults_of(values), values)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:

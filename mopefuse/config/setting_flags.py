@@ -21,7 +21,7 @@ class Flag(NamedTuple):
     """A flag and the setting that it sets.
 
     panel: heading in the help. commands: those that have the flag, separated by ``, ``. metavar: placeholder for the value
-    in the help; empty for the usual one of its type.
+    in the help; empty for the usual one of its type. off: the flag that sets it to false, for what is on by default.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Flag(NamedTuple):
     panel: str
     commands: str = TRAIN
     metavar: str = ""
+    off: str = ""
 
 
 FLAGS = (
@@ -80,7 +81,7 @@ FLAGS = (
     Flag("--dynamic", "prompts.dynamic", PROMPTS),
     Flag("--mapped", "prompts.mapped", PROMPTS),
     Flag("--condition", "prompts.condition", PROMPTS),
-    Flag("--film", "prompts.film", PROMPTS),
+    Flag("--film", "prompts.film", PROMPTS, off="--no-film"),
     Flag("--layers", "prompts.layers", PROMPTS, metavar="LAYERS"),
     Flag("--gate", "prompts.gate", PROMPTS),
     Flag("--router", "router.kind", PROMPTS),

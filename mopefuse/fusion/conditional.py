@@ -41,6 +41,9 @@ from mopefuse.fusion.wide_head import WideHead, head_state
 from mopefuse.prompts.resampler import ConditionTokens
 from mopefuse.prompts.stack import PromptStack, fill_prompt_lengths
 
+TOKEN_DROPOUT = 0.4
+"""Default of ``prompts.token_dropout`` for a ViT; see docs/results.md."""
+
 
 class ConditionalFusion(Fusion):
     """Complementary encoders condition the prompts of the main encoder, whose pooled feature is classified.
@@ -186,13 +189,15 @@ class ConditionalFusion(Fusion):
 
     @classmethod
     def resolve(cls, config: RunConfig, encoders: Mapping[str, Encoder]) -> RunConfig:
-        """Return `config` with unset prompt lengths and initial bound replaced by the papers'."""
-        main = encoders["main"]
-        if not main.widths:
-            return config
-        prompts = fill_prompt_lengths(config.prompts, main.modality)
-        bound = prompts.init or initial_bound(main)
-        return config.model_copy(update={"prompts": prompts.model_copy(update={"init": bound})})
+        """Return `config` with unset prompt lengths and initial bound replaced by the papers', and with a token dropout."""
+        main, prompts = encoders["main"], config.prompts
+        if prompts.token_dropout is None:
+            dropped = 0.0 if main.leading_tokens is None or config.train.compile else TOKEN_DROPOUT
+            prompts = prompts.model_copy(update={"token_dropout": dropped})
+        if main.widths:
+            prompts = fill_prompt_lengths(prompts, main.modality)
+            prompts = prompts.model_copy(update={"init": prompts.init or initial_bound(main)})
+        return config.model_copy(update={"prompts": prompts})
 
     @property
     def prompt_kinds(self) -> tuple[str, ...]:

@@ -1,0 +1,67 @@
+"""Write the tables of docs/results.md from the folders of studies and runs.
+
+    python scripts/results_page.py FOLDER [--page docs/results.md]
+
+A table stands between two comments, ``<!-- table: NAME -->`` and ``<!-- end -->``, and is made from FOLDER/NAME: a study, or a
+folder of runs. Tables whose folder does not exist are left as they are. Runs that differ in their seed only are one row:
+accuracy as mean and sample standard deviation, the share of parameters that is trained, and minutes of training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from mopefuse.studies.compare import Comparison, Row, Spread, compare
+from mopefuse.studies.study_file import STUDY_FILE
+
+TABLE = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def percent(spread: Spread) -> str:
+    """Mean and standard deviation in per cent; a single value as it is."""
+    mean = f"{100 * spread.mean:.1f}"
+    return mean if spread.std is None else f"{mean} ± {100 * spread.std:.1f}"
+
+
+def cells(row: Row, metric: str, *, best: bool) -> list[str]:
+    """The cells of a row of the table."""
+    score = percent(row.metrics["test"][metric])
+    share = f"{100 * row.trainable / row.total:.2f} %"
+    return [row.label, f"**{score}**" if best else score, str(len(row.seeds)), share, f"{row.seconds.mean / 60:.1f}"]
+
+
+def markdown(comparison: Comparison) -> str:
+    """Make the table of a comparison."""
+    metric = comparison.metric
+    best = comparison.best("test", metric)
+    head = ["method", f"test {metric.replace('_', ' ')}", "runs", "trained", "minutes"]
+    rows = [head, ["---"] * len(head), *(cells(row, metric, best=row.label in best) for row in comparison.rows)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def compared(folder: Path) -> Comparison:
+    """Compare the runs of a study, or all finished runs in a folder."""
+    if (folder / STUDY_FILE).is_file():
+        return compare([folder], partly=True)
+    return compare([run for run in sorted(folder.iterdir()) if run.is_dir()])
+
+
+def main() -> None:
+    """Replace the tables of the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of the studies, each named like its table")
+    parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
+    arguments = parser.parse_args()
+
+    def table(found: re.Match[str]) -> str:
+        folder = arguments.folder / found[2]
+        return f"{found[1]}{markdown(compared(folder))}{found[3]}" if folder.is_dir() else found[0]
+
+    page = arguments.page.read_text(encoding="utf-8")
+    arguments.page.write_text(TABLE.sub(table, page), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
