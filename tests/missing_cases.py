@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import call, write_rows
+from conftest import PLAIN, call, write_rows
 from safetensors.torch import load_file
 
-_SMALL = ("--main", "tiny:vision", "--comp", "tiny:text", "--experts", 3, "--device", "cpu", "--batch", 8, "--seed", 1)
+_SMALL = ("--main", "tiny:vision", "--comp", "tiny:text", "--experts", 3, "--device", "cpu", "--batch", 8, "--seed", 1, *PLAIN)
 
 
 def holes(pairs: Path, root: Path, *, column: str) -> Path:

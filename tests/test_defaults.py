@@ -15,6 +15,7 @@ from mopefuse.config.defaults import CONDITIONAL
 from mopefuse.config.schema import build_config
 from mopefuse.config.setting_paths import flatten
 from mopefuse.core.tensor_files import read_tensors
+from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
 
 ENCODERS = ("--main", "tiny:vision", "--comp", "tiny:text", "--device", "cpu", "--experts", "2", "--batch", "6")
@@ -74,5 +75,5 @@ def test_given_settings_override_the_defaults_of_the_method() -> None:
     ids=["image", "text", "compiled", "given", "papers"],
 )
 def test_patches_are_dropped_by_default_where_they_can_be(changed: dict[str, Any], dropped: float) -> None:
-    model = mopefuse.build_fusion(**{"main": "tiny:vision", "comp": "tiny:text", "num_labels": 2, **changed})
+    model = build_model(build_config({"main": "tiny:vision", "comp": "tiny:text", **changed}), 2)
     assert model.config.prompts.token_dropout == dropped

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pairs, matrix, plain_config
+from conftest import PLAIN, make_pairs, matrix, plain_config
 from forks import end_of, fork, has_ended
 
 from mopefuse.core.tensor_files import read_tensors
@@ -179,7 +179,7 @@ def command(data: Path, out: Path, *more: str) -> list[str]:
     sets = ["prompts.static=2", "prompts.dynamic=2", "prompts.experts=4", "train.log_every=1"]
     return [
         *("train", "--main", "tiny:vision", "--comp", "tiny:text", "--data", str(data), "--out", str(out), "--device", "cpu"),
-        *("--epochs", "2", "--batch", "9", "--lr", "0.01", "--seed", "5"),
+        *("--epochs", "2", "--batch", "9", "--lr", "0.01", "--seed", "5", *PLAIN),
         *(argument for setting in sets for argument in ("--set", setting)),
         *more,
     ]

@@ -162,7 +162,8 @@ def _label_names(num_labels: int | None, labels: Sequence[str] | None) -> tuple[
 def _config_of(given: Mapping[str, Any]) -> RunConfig:
     """The configuration that the arguments of `build_fusion` describe."""
     known = {*inspect.signature(build_fusion).parameters, *OtherSettings.__annotations__} - {"other"}
-    values: dict[str, Any] = {"warm_start": "none"}  # it is `mopefuse.train` that fits the initial weights
+    # it is `mopefuse.train` that fits the initial weights; and torch.compile cannot drop patches
+    values: dict[str, Any] = {"warm_start": "none", "prompts": {"token_dropout": 0.0}}
     names: dict[str, str] = {}
     for name, value in given.items():
         if name not in known:
