@@ -74,16 +74,20 @@ class _Comparison:
         name = "logistic regression on " + " and ".join(group)
         buffers = {side: self.known[side] for side in group}
         strengths = sorted(self.how.settings.strengths)
-        parts: dict[float, list[Tensor]] = {strength: [] for strength in strengths}
-        fitted: dict[float, Weights] = {}
-        for done, pair in enumerate(self.pairs):
-            design, out = (fold.design(buffers, self.how.labels) for fold in pair)
-            problem = Problem.of(design, pair.train.targets, self.how)
-            for number, strength in enumerate(strengths):
-                advance(name, (done + number / len(strengths)) / len(self.pairs))
-                fitted[strength] = problem.solve(strength, self.how.settings.max_iter, lambda share: None)
-                parts[strength].append(out.logits(*fitted[strength]))
-        found = [self._scored(name, self._widen(group, fitted[strength]), parts[strength]) for strength in strengths]
+        problems = [
+            (Problem.of(pair.train.design(buffers, self.how.labels), pair.train.targets, self.how), pair.out)
+            for pair in self.pairs
+        ]
+        found: list[tuple[Baseline, Tensor]] = []
+        for number, strength in enumerate(strengths):
+            parts = []
+            for done, (problem, out) in enumerate(problems):
+                advance(name, (number + done / len(problems)) / len(strengths))
+                fitted = problem.solve(strength, self.how.settings.max_iter, lambda share: None)
+                parts.append(out.design(buffers, self.how.labels).logits(*fitted))
+            found.append(self._scored(name, self._widen(group, fitted), parts))
+            if _overfits([one for one, _ in found]):
+                break
         return max(found, key=lambda one: one[0].score)
 
     def network(self, settings: NetworkSettings, advance: Advance) -> Baseline:
@@ -119,6 +123,15 @@ class _Comparison:
         parts = iter(weights[0].split([len(self.known[side]["mean_C"]) for side in group], dim=1))
         zeros = {side: weights[0].new_zeros(self.how.labels, len(self.known[side]["mean_C"])) for side in self.sides}
         return torch.cat([next(parts) if side in group else zeros[side] for side in self.sides], dim=1), weights[1]
+
+
+def _overfits(found: Sequence[Baseline]) -> bool:
+    """Whether the last two of models with ever less regularisation have a higher loss, and no higher score, than those before."""
+    if len(found) < 3:
+        return False
+    earlier, last = found[:-2], found[-2:]
+    loss, score = min(one.loss for one in earlier), max(one.score for one in earlier)
+    return all(one.loss > loss and one.score <= score for one in last)
 
 
 class Baselines(NamedTuple):
