@@ -10,7 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from mopefuse.config.schema import Linear
-from mopefuse.fusion.baselines import Baselines, fit_baselines, hold_out
+from mopefuse.fusion import baselines
+from mopefuse.fusion.baselines import Baseline, Baselines, fit_baselines, hold_out
 from mopefuse.fusion.mlp_fit import NetworkSettings
 from mopefuse.fusion.regression import FitSettings, Fold
 from mopefuse.metrics.noise import exceeds_noise
@@ -57,6 +58,24 @@ def test_the_model_that_suits_the_label_is_selected(label: Any, best: str) -> No
     else:
         assert found.best.name == best, scores
     assert found.best.score > 0.9
+
+
+@pytest.mark.parametrize(
+    ("scores", "losses", "overfits"),
+    [
+        ([0.5, 0.6], [0.7, 0.8], False),
+        ([0.5, 0.6, 0.6], [0.7, 0.8, 0.9], False),
+        ([0.6, 0.5, 0.6], [0.7, 0.8, 0.9], True),
+        ([0.6, 0.5, 0.6], [0.7, 0.6, 0.9], False),
+        ([0.5, 0.6, 0.6, 0.6], [0.7, 0.6, 0.8, 0.7], True),
+    ],
+)
+def test_regularisation_is_not_reduced_further_once_two_models_overfit(
+    scores: list[float], losses: list[float], overfits: bool
+) -> None:
+    weights = torch.zeros(1, 1), torch.zeros(1)
+    found = [Baseline("one", weights, score, loss) for score, loss in zip(scores, losses, strict=True)]
+    assert baselines._overfits(found) is overfits
 
 
 def test_small_data_are_cross_validated_and_folds_are_disjoint() -> None:

@@ -126,7 +126,7 @@ class _Comparison:
 
 
 def _overfits(found: Sequence[Baseline]) -> bool:
-    """Whether the last two of models with ever less regularisation have a higher loss, and no higher score, than those before."""
+    """Whether the last two of models with ever less regularisation have a higher loss and no higher score than those before."""
     if len(found) < 3:
         return False
     earlier, last = found[:-2], found[-2:]
