@@ -70,7 +70,9 @@ CLAIMS: dict[str, dict[str, str]] = {
     "a resumed run equals an uninterrupted one, bit for bit": {
         "quick": "test_train::test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit "
         "test_missing::test_a_resumed_run_with_dropout_equals_an_uninterrupted_one",
-        "full": "test_inserting::test_a_run_can_be_evaluated_and_exported "
+        "full": "test_fit::test_a_fit_that_was_stopped_continues "
+        "test_warm_start::test_training_continues_from_the_baseline_with_the_lowest_loss_also_when_resumed "
+        "test_inserting::test_a_run_can_be_evaluated_and_exported "
         "test_train::test_a_run_killed_at_random_moments_and_resumed_is_equal_bit_for_bit "
         "test_kills::test_a_run_killed_before_it_exists_can_be_started_again",
     },
@@ -158,7 +160,8 @@ CLAIMS: dict[str, dict[str, str]] = {
     },
     "an ONNX or pt2 bundle predicts like the model": {
         "quick": "test_export::test_a_bundle_predicts_like_its_run",
-        "full": "test_export::test_a_graph_with_different_outputs_is_not_published "
+        "full": "test_defaults::test_a_bundle_of_the_default_stack_predicts_as_the_run "
+        "test_export::test_a_graph_with_different_outputs_is_not_published "
         "test_export::test_a_multi_label_bundle_keeps_the_thresholds_of_the_run "
         "test_lora::test_an_export_predicts_like_the_run test_pmf::test_a_run_can_be_evaluated_and_exported "
         "test_linear::test_the_exported_graph_predicts_the_same "
@@ -263,8 +266,9 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_bench::test_with_train_or_infer_alone_only_that_is_measured",
     },
     "every command and Python block in the documentation runs": {
-        "quick": "test_readme::test_every_command_and_every_piece_of_python_runs",
-        "full": "test_docs::test_every_command_and_python_block_of_a_page_runs "
+        "quick": "test_readme::test_the_five_minutes_start_with_the_data_check_and_the_simplest_baseline",
+        "full": "test_readme::test_every_command_and_every_piece_of_python_runs "
+        "test_docs::test_every_command_and_python_block_of_a_page_runs "
         "test_docs::test_the_notebook_runs_from_top_to_bottom test_docs::test_the_site_builds_without_a_warning",
     },
     "every recipe runs": {

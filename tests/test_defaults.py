@@ -15,10 +15,12 @@ from mopefuse.config.defaults import CONDITIONAL
 from mopefuse.config.schema import build_config
 from mopefuse.config.setting_paths import flatten
 from mopefuse.core.tensor_files import read_tensors
+from mopefuse.fusion import mlp_fit
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
 
 ENCODERS = ("--main", "tiny:vision", "--comp", "tiny:text", "--device", "cpu", "--experts", "2", "--batch", "6")
+FEW = ("--set", "linear.strengths=[0.1]")
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -30,9 +32,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pairs(tmp_path_factory.mktemp("pairs") / "data", counts={"train": 20, "val": 7, "test": 5})
 
 
-def test_the_default_stack_trains_resumes_evaluates_and_exports(data: Path, tmp_path: Path) -> None:
+def test_the_default_stack_trains_resumes_and_is_evaluated(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlp_fit, "_STEPS", (20, 20_000))  # a thousand steps take seconds
     schedule = ("--set", "train.schedule=constant", "--set", "train.warmup=0")  # others depend on the number of epochs
-    train = ("train", *ENCODERS, *schedule, "--data", data)
+    train = ("train", *ENCODERS, *FEW, *schedule, "--data", data)
     assert call(*train, "--out", tmp_path / "whole", "--epochs", 2).returncode == 0
     assert call(*train, "--out", tmp_path / "parts", "--epochs", 1).returncode == 0
     assert call(*train, "--out", tmp_path / "parts", "--epochs", 2, "--resume").returncode == 0
@@ -42,9 +47,14 @@ def test_the_default_stack_trains_resumes_evaluates_and_exports(data: Path, tmp_
     start = json.loads((tmp_path / "whole" / "start.json").read_text(encoding="utf-8"))
     assert {"MLP on main and comp", "logistic regression on main"} <= {row["name"] for row in start["baselines"]}
     assert call("eval", tmp_path / "whole", "--missing", "text=0.5").returncode == 0
-    assert call("export", tmp_path / "whole", "-o", tmp_path / "bundle").returncode == 0
+
+
+@pytest.mark.matrix
+def test_a_bundle_of_the_default_stack_predicts_as_the_run(data: Path, tmp_path: Path) -> None:
+    assert call("train", *ENCODERS, "--data", data, "--out", tmp_path / "run").returncode == 0
+    assert call("export", tmp_path / "run", "-o", tmp_path / "bundle").returncode == 0
     rows = [str(data / "images" / "test-0.png")], ["what is the red digit"]
-    found = [mopefuse.load(tmp_path / name).predict(*rows)[0]["probabilities"] for name in ("whole", "bundle")]
+    found = [mopefuse.load(tmp_path / name).predict(*rows)[0]["probabilities"] for name in ("run", "bundle")]
     assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 

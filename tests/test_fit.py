@@ -135,6 +135,7 @@ def test_the_report_begins_with_what_earned_what(fitted: tuple[Path, dict[str, A
 
 
 @pytest.mark.usefixtures("only_cheap")
+@pytest.mark.soak
 def test_a_fit_that_was_stopped_continues(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, settings = tmp_path / "run", {"device": "cpu", "seed": 1}
     names: Any = {"main": "tiny:vision", "comp": "tiny:text", "budget": 1200}

@@ -35,6 +35,7 @@ def test_the_five_minutes_start_with_the_data_check_and_the_simplest_baseline() 
     assert [words[0] for words in own[2:]] == ["train", "compare", "report", "predict", "export"]
 
 
+@pytest.mark.process
 def test_every_command_and_every_piece_of_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (recipe,) = blocks(README, "yaml")
     monkeypatch.chdir(furnish_for_readme(tmp_path, recipe))

@@ -166,6 +166,7 @@ def test_step_0_of_auto_is_the_best_baseline(data: Path, tmp_path: Path, changed
     assert expected.std() > 0.01, "constant logits could not show a difference"
 
 
+@pytest.mark.soak
 def test_training_continues_from_the_baseline_with_the_lowest_loss_also_when_resumed(data: Path, tmp_path: Path) -> None:
     settings = config(data, warm_start="auto", head_features="all", head_hidden=8, train__epochs=0)
     train(settings, tmp_path / "start")
