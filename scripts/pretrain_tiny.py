@@ -1,13 +1,12 @@
 """Pretrain ``tiny:vision`` and ``tiny:text``, each on its own modality alone, and write the weights of the package.
 
-    python scripts/pretrain_tiny.py [--only vision|vision-tags|text] [--quick] [--out FOLDER] [--seed N] [--suffix -b]
+    python scripts/pretrain_tiny.py [--only vision|text] [--quick] [--out FOLDER] [--seed N] [--suffix -b]
 
 The second encoder of each kind is that of ``--seed 1 --suffix -b``.
 
 Vision learns to read images of one to four coloured digits, painted from the handwriting of the training split of digit
 questions only: each patch predicts the digit and colour of its cell; [CLS] predicts which digits are present, the digit
-and colour of each place, and the digit of each colour. The heads are discarded. ``vision-tags`` has only one of these heads:
-[CLS] predicts which digits are present.
+and colour of each place, and the digit of each colour. The heads are discarded.
 Text learns to predict masked words, and to recall all words of a text from its pooled feature, on generated descriptions of
 scenes and training questions. It sees no images, no answers, and no question templates that are reserved for the test split.
 
@@ -237,23 +236,6 @@ class Vision:
         }
 
 
-class VisionTags(Vision):
-    """[CLS] predicts which digits are present, and nothing else is predicted."""
-
-    name, steps = "vision-tags", 4000
-
-    def outputs(self, pixels: Tensor, digits_B4: Tensor, colours_B4: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Compute the logits and targets of the head."""
-        return {"present": super().outputs(pixels, digits_B4, colours_B4)["present"]}
-
-    @torch.no_grad()
-    def accuracies(self) -> dict[str, float]:
-        """Measure the share of digits in held-out images that are among the four with the highest logits."""
-        logits_BV, count_BV = self.outputs(*self.draw("val", 1000, augment=False))["present"]
-        found_B4 = count_BV.gather(1, logits_BV.topk(4).indices) > 0
-        return {"present": float(found_B4.sum() / (count_BV > 0).sum())}
-
-
 def train(task: Vision | Text, steps: int, batch: int = 128) -> None:
     """Train with AdamW and a one-cycle schedule, and print the losses."""
     parameters = [*task.encoder.parameters(), *task.heads.parameters()]
@@ -279,7 +261,7 @@ def train(task: Vision | Text, steps: int, batch: int = 128) -> None:
 def main() -> None:
     """Train the requested encoders and write their weights in 16 bits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("vision", "vision-tags", "text"), help="instead of all")
+    parser.add_argument("--only", choices=("vision", "text"), help="instead of both")
     parser.add_argument("--quick", action="store_true", help="twenty small steps; the weights are useless")
     parser.add_argument("--out", type=Path, default=Path(str(tiny.WEIGHTS)), help="folder of the weights")
     parser.add_argument("--seed", type=int, default=0)
@@ -291,7 +273,7 @@ def main() -> None:
         tiny.words.cache_clear()
         print("the vocabulary changed: tiny:text must be pretrained again")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for task_type in (Vision, VisionTags, Text):
+    for task_type in (Vision, Text):
         if arguments.only not in (None, task_type.name):
             continue
         torch.manual_seed(arguments.seed)

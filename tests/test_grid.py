@@ -39,7 +39,7 @@ def test_a_study_without_axes_is_one_row(write: Any) -> None:
 
 
 def test_settings_override_the_recipe_and_set_overrides_both(write: Any) -> None:
-    file = write(recipe="digit-questions/prompts", settings={"train": {"lr": 1.0, "epochs": 7}}, cells={"a": {"train.lr": 2.0}})
+    file = write(recipe="digit-questions/demo", settings={"train": {"lr": 1.0, "epochs": 7}}, cells={"a": {"train.lr": 2.0}})
     config = read_study(file, ["train.epochs=9"]).cells[0].config
     assert (config.train.batch_size, config.train.lr, config.train.epochs) == (128, 2.0, 9)
 
@@ -95,7 +95,7 @@ def test_no_label_leads_outside_the_study_folder(write: Any, label: str) -> None
         ({"cells": {"a": {"seed": 4}}}, "MF-CFG-80", "seeds: [0, 1, 2]"),
         ({"settings": {**BASE["settings"], "seed": 4}}, "MF-CFG-80", "seeds: [0, 1, 2]"),
         ({"cells": {"full": {}}, "baseline": "ful"}, "MF-CFG-85", "did you mean full?"),
-        ({"recipe": "digit-questions/promp"}, "MF-CFG-03", "digit-questions/prompts"),
+        ({"recipe": "digit-questions/dem"}, "MF-CFG-03", "digit-questions/demo"),
     ],
 )
 def test_errors_name_the_file(write: Any, values: dict[str, Any], code: str, message: str) -> None:

@@ -49,7 +49,8 @@ CONDITIONAL: dict[str, Any] = {
     "head_features": "all",
     "head_hidden": 256,
     "prompts": {"film": True, "layers": "last:1/3", "token_dropout": None},
-    "train": {"epochs": 5, "lr": 2e-3, "lr_head": 1e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": 0.1},
+    "router": {"importance_weight": 0.0},
+    "train": {"patience": 3, "lr": 2e-3, "lr_head": 1e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": 0.1},
 }
 """Defaults of the method conditional without ``compat``, chosen by measurement; see "Defaults" in docs/results.md."""
 

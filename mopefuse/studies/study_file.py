@@ -1,7 +1,7 @@
 """The file of a study: one YAML file that describes many runs. All their settings are known before the first one starts.
 
 ```yaml
-recipe: digit-questions/prompts            # optional
+recipe: digit-questions/demo            # optional
 settings: {train: {epochs: 2}}          # for all cells; they override the recipe
 seeds: [0, 1, 2]
 grid:                                   # every combination of these values ...

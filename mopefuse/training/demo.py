@@ -1,7 +1,6 @@
 """The demo: one task solved in six ways, with the same data, encoders and training for all.
 
-The task needs both modalities: the image shows four digits, and the text asks for one of them. The image encoder was pretrained
-to tell which digits an image shows, so its pooled feature does not hold the answer: the text has to decide what it looks at.
+The task needs both modalities: the image shows four digits, and the text asks for one of them.
 """
 
 from __future__ import annotations
@@ -13,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from mopefuse.config.recipe import resolve
-from mopefuse.config.schema import RunConfig
+from mopefuse.config.schema import Prompts, RunConfig
 from mopefuse.core.registry import DATASETS, load
 from mopefuse.training.listener import Listener
 from mopefuse.training.train import train
 
 RECIPE = "digit-questions/demo"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "conditional": ("conditional prompts and FiLM", {}),
-    "static": ("static prompts only", {"prompts.dynamic": 0, "prompts.mapped": 0, "prompts.film": False}),
-    "cross-attention": ("cross-attention to the image encoder's output", {"method": "cross-attention", "train.epochs": 5}),
-    "mlp": ("MLP on both features", {"method": "mlp"}),
+    "conditional": ("static + dynamic + mapped prompts", {}),
+    "static": ("static prompts only", {"prompts.dynamic": 0, "prompts.mapped": 0}),
     "image": ("image only", {"method": "main-only"}),
     "text": ("text only", {"method": "comp-only"}),
+    "late-concat": ("late concatenation of frozen features", {"method": "late-concat"}),
+    "mlp": ("a deeper head (MLP) on the same features", {"method": "late-concat", "head_hidden": 512}),
 }
-"""Name of a run to its title and settings: of the recipe, or of another method with its own defaults."""
+"""Name of a run to its title and its changes to the recipe."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,10 @@ def demo(
     data = out / "digit-questions"
     load(DATASETS, "digit-questions")(data)
     rows = []
-    ours = resolve(recipe=RECIPE)
-    shared = {"main": ours.main, "comp": ours.comp, "data.path": str(data), "data.cache_images": True, "train.max_steps": steps}
     for name, (title, changes) in VARIANTS.items():
-        recipe = None if "method" in changes else RECIPE  # other methods have their own defaults
-        config: RunConfig = resolve(recipe=recipe, flags={**shared, **changes})
+        config: RunConfig = resolve(recipe=RECIPE, flags={"data.path": str(data), "train.max_steps": steps, **changes})
+        if config.method != "conditional":
+            config = config.model_copy(update={"prompts": Prompts()})
         with listener(title) as of_run:
             result = train(config, out / name, overwrite=overwrite, listener=of_run)
         rows.append(
