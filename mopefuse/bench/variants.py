@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mopefuse.bench.inserted_tokens import as_tokens, why_not_insertable
-from mopefuse.config.defaults import defaults_of
+from mopefuse.config.defaults import CONDITIONAL, defaults_of
 from mopefuse.config.schema import RunConfig
 from mopefuse.config.setting_paths import merge
 from mopefuse.config.sides import specs
@@ -32,6 +32,7 @@ from mopefuse.training.optim import make_optimizer, with_learning_rates
 
 LABELS = 10
 FLOOR, UNGATED, TOKENS = "floor", "conditional, ungated", "conditional, as tokens"
+DEFAULTS = "conditional, defaults of train, all cached"
 HALF, QUARTER = (f"conditional, last {part} of the layers, all cached" for part in ("half", "quarter"))
 
 
@@ -82,6 +83,7 @@ def variants(experts: Sequence[int], methods: Sequence[str] = (), *, recompute: 
         Variant("conditional, psi cached", usual, cached=True),
         Variant(HALF, usual, cached=True, part=2),
         Variant(QUARTER, usual, cached=True, part=4),
+        Variant(DEFAULTS, merge(CONDITIONAL, {**usual, "warm_start": "none"}), cached=True),
         *([Variant("conditional, activations recomputed", recomputed)] if recompute else []),
         Variant("static prompts only", {"prompts": {"dynamic": 0, "mapped": 0}}),
         Variant("frozen features, linear probe", {"method": "late-concat"}),

@@ -219,7 +219,8 @@ def _config(main: str, comp: str, device: str, precision: str) -> RunConfig:
     from mopefuse.config.schema import build_config
 
     values: dict[str, Any] = {"main": random_weights(main), "comp": random_weights(comp), "device": device}
-    return build_config({**values, "train": {"precision": precision}})
+    plain: dict[str, Any] = {"compat": "paper", "prompts": {"gate": "zero"}, "head_norm": "layer"}  # rows add to this
+    return build_config({**values, **plain, "train": {"precision": precision}})
 
 
 def _numbers(text: str, where: str = "--experts") -> tuple[int, ...]:
