@@ -14,6 +14,7 @@ import torch
 from conftest import TINY, call, make_pairs, matrix, plain_config, ranks, write_rows
 from safetensors.torch import load_file
 
+from mopefuse.errors import ConfigError
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
 from mopefuse.training.inherit import inherit
@@ -187,6 +188,18 @@ def test_chosen_settings_are_kept_and_defaults_follow_the_new_encoder(data: Path
     assert lr == {"chosen-text": 0.02, "default": 4e-4, "default-text": 5e-4}
     init = {name: RunFolder(tmp_path / name).config().prompts.init for name in ("chosen-text", "default", "default-text")}
     assert init["chosen-text"] == 0.3 and init["default"] != init["default-text"]
+
+
+def test_patches_are_dropped_only_if_the_new_main_encoder_has_some(data: Path, tmp_path: Path) -> None:
+    """A default run of an image encoder can be swapped for a text encoder; a fraction that was chosen is refused there."""
+    for name, fraction in (("default", None), ("chosen", 0.2)):
+        settings = {"data": {"path": str(data)}, "train": {"epochs": 0}}
+        train(config_of(**settings, prompts={"experts": 2, "token_dropout": fraction}), tmp_path / name)
+    assert RunFolder(tmp_path / "default").config().prompts.token_dropout == 0.4
+    swap_encoder(tmp_path / "default", tmp_path / "text", main="tiny:text", comp="tiny:vision")
+    assert RunFolder(tmp_path / "text").config().prompts.token_dropout == 0.0
+    with pytest.raises(ConfigError, match=r"tokens of tiny:text cannot be dropped"):
+        swap_encoder(tmp_path / "chosen", tmp_path / "refused", main="tiny:text", comp="tiny:vision")
 
 
 def test_during_warm_up_only_new_tensors_are_trained(run: Path, tmp_path: Path) -> None:

@@ -179,7 +179,9 @@ def _new_config(
 def _derived_settings(config: RunConfig, model: Fusion) -> list[tuple[str, str]]:
     """The settings whose values were derived from the encoders, to be derived again from the new ones."""
     derived = []
-    candidates = (("prompts", "init"), ("pmf", "bottleneck"), ("train", "lr"), ("train", "lr_comp"), ("train", "lr_head"))
+    candidates = [("prompts", "init"), ("pmf", "bottleneck"), ("train", "lr"), ("train", "lr_comp"), ("train", "lr_head")]
+    if config.prompts.token_dropout:  # 0 is what another encoder would get as well
+        candidates.append(("prompts", "token_dropout"))
     for section, key in candidates:
         saved = getattr(config, section)
         blank = config.model_copy(update={section: saved.model_copy(update={key: None})})
