@@ -9,6 +9,7 @@ Shapes: S samples, F features of all sides, N labels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -150,8 +151,13 @@ class Baselines(NamedTuple):
 
     @property
     def best(self) -> Baseline:
-        """The baseline with the best score; the simplest of equals."""
-        return max(self.fitted, key=lambda one: one.score)
+        """The baseline with the lowest loss among those whose score is within a standard error of the best score.
+
+        A difference within the noise of the score is decided by the loss, which has less.
+        """
+        score = max(one.score for one in self.fitted)
+        error = math.sqrt(max(score * (1 - score), 0.0) / self.samples)
+        return min((one for one in self.fitted if one.score >= score - error), key=lambda one: one.loss)
 
     @property
     def best_calibrated(self) -> Baseline:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-ONE_SIDED_5_PERCENT = 1.645
-"""Standard errors that a difference without a cause exceeds in one of twenty comparisons."""
+ERRORS = 2.576
+"""Standard errors that a difference without a cause exceeds in one of two hundred comparisons: with ten validations a run, in
+one of twenty runs."""
 
 
-def exceeds_noise(score_S: Tensor, baseline_S: Tensor, errors: float = ONE_SIDED_5_PERCENT) -> bool:
+def exceeds_noise(score_S: Tensor, baseline_S: Tensor, errors: float = ERRORS) -> bool:
     """Whether the mean of paired differences between two models exceeds `errors` of its standard errors (paired z-test).
 
     For scores of 0 and 1 this is McNemar's test (Psychometrika 12, 1947) with the variance estimated from the sample.
