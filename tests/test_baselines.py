@@ -129,13 +129,17 @@ def test_multi_label_data_and_class_weights_are_supported() -> None:
 )
 def test_the_loss_ranks_models_whose_scores_differ_by_noise(samples: int, best: str) -> None:
     weights = torch.zeros(1, 1), torch.zeros(1)
-    fitted = [Baseline("first", weights, 0.92, 0.30), Baseline("second", weights, 0.91, 0.28), Baseline("third", weights, 0.5, 0.1)]
+    values = {"first": (0.92, 0.30), "second": (0.91, 0.28), "third": (0.5, 0.1)}
+    fitted = [Baseline(name, weights, *scores) for name, scores in values.items()]
     assert Baselines(fitted, {}, samples, 0).best.name == best
 
 
 @pytest.mark.parametrize(
     ("gained", "lost", "samples", "expected"),
-    [(0, 0, 100, False), (1, 0, 100, False), (3, 0, 100, False), (7, 0, 100, True), (10, 6, 400, False), (14, 3, 400, True), (3, 12, 400, False)],
+    [
+        *((0, 0, 100, False), (1, 0, 100, False), (3, 0, 100, False), (7, 0, 100, True)),
+        *((10, 6, 400, False), (14, 3, 400, True), (3, 12, 400, False)),
+    ],
 )
 def test_an_improvement_counts_only_beyond_noise(gained: int, lost: int, samples: int, expected: bool) -> None:
     start_S = torch.zeros(samples)

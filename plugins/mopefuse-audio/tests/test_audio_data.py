@@ -116,7 +116,7 @@ def done(*args: object) -> str:
 def test_a_model_trains_and_predicts(columns: tuple[str, str], tmp_path: Path, folders: dict[str, Path]) -> None:
     data, run, audio = make(tmp_path / "data", *columns), tmp_path / "run", spec("wav2vec2", folders["wav2vec2"])
     sides = ("--main", "tiny:vision", "--comp", audio) if "img" in columns else ("--main", audio, "--comp", "tiny:text")
-    done("train", *sides, *SMALL, "--data", data, "--out", run)
+    done("train", *sides, *SMALL, "--data", data, "--out", run, "--compat", "paper")
     config = (run / "config.yaml").read_text()
     assert ("lr: 0.0004" if "img" in columns else "lr: 0.0005") in config  # the default for the main encoder's modality
     needs = {need["group"] for need in json.loads((run / "manifest.json").read_text())["plugins"]}
