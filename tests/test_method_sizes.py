@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import plain_config
 
-from mopefuse.config.schema import build_config
 from mopefuse.core import registry
 from mopefuse.encoders.base import Encoder, create_encoder
 
@@ -95,7 +95,7 @@ def test_trainable_parameters_match_the_definition_for_vit_and_bert(variant: str
         values |= {section: {key: value}} if section else {key: value}
     for encoder in encoders.values():
         encoder.freeze()
-    config = build_config(values)
+    config = plain_config(values)
     with torch.device("meta"):
         model = registry.load(registry.FUSION, method)(config, encoders, N)
     assert sum(model.breakdown().values()) == SIZES[variant]

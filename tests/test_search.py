@@ -29,6 +29,7 @@ STEPS = {"epochs": 2, "batch_size": 6, "log_every": 1, "checkpoint_every": 1}
 
 def write_search(folder: Path, pairs: Path, name: str = "search", **values: Any) -> Path:
     settings = {"main": "tiny:vision", "comp": "tiny:text", "device": "cpu", "data.path": str(pairs), "train": STEPS}
+    settings |= {"compat": "paper", "prompts.gate": "zero", "head_norm": "layer"}
     study: dict[str, Any] = {"settings": settings, "search": {"trials": 5, "space": SPACE, "seed": 3}}
     study["search"] |= values.pop("search", {})
     folder.mkdir(parents=True, exist_ok=True)
