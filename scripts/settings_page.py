@@ -11,9 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mopefuse.config.defaults import CONDITIONAL
+from mopefuse.config.defaults import CONDITIONAL_BY_PATH
 from mopefuse.config.schema import RunConfig
-from mopefuse.config.setting_paths import flatten
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 HEAD = """# Settings
@@ -39,13 +38,14 @@ def sections(model: type[BaseModel], prefix: str = "") -> list[tuple[str, type[B
 
 def table(prefix: str, model: type[BaseModel]) -> str:
     """A row for each setting of one section."""
-    rows, usual = [], flatten(CONDITIONAL)
+    rows = []
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             continue
         limits = [(sign, getattr(rule, key, None)) for rule in field.metadata for key, sign in BOUNDS.items()]
         bounds = ", ".join(f"{sign} {limit:g}" for sign, limit in limits if limit is not None)
-        default = "required" if field.is_required() else f"`{json.dumps(usual.get(prefix + name, field.default))}`"
+        usual = CONDITIONAL_BY_PATH.get(prefix + name, field.default)
+        default = "required" if field.is_required() else f"`{json.dumps(usual)}`"
         meaning = (field.description or "").replace("|", "\\|") + (f" ({bounds})" if bounds else "")
         rows.append(f"| `{prefix}{name}` | {default} | {meaning} |\n")
     return "| setting | default | meaning |\n| --- | --- | --- |\n" + "".join(rows)

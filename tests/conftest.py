@@ -51,6 +51,8 @@ LABELS = ("a", "b", "c")
 COUNTS = {"train": 12, "val": 6, "test": 7}
 PLAIN = ("--compat", "paper", "--gate", "zero", "--set", "head_norm=layer")
 """Gated prompts in every layer, without warm start, FiLM and a head on all features, for tests of anything but these."""
+PLAIN_SETTINGS = {"compat": "paper", "prompts.gate": "zero", "head_norm": "layer"}
+"""The same, by dotted path."""
 TINY = ("--main", "tiny:vision", "--comp", "tiny:text", "--device", "cpu", "--experts", "2", "--batch", "4", *PLAIN)
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]

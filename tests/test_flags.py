@@ -17,12 +17,11 @@ from mopefuse.__main__ import main as start_command
 from mopefuse.cli.app import app
 from mopefuse.cli.settings import add_command
 from mopefuse.config import setting_flags
-from mopefuse.config.defaults import CONDITIONAL
+from mopefuse.config.defaults import CONDITIONAL_BY_PATH
 from mopefuse.config.messages import bounds, choices, help_text
 from mopefuse.config.recipe import resolve
 from mopefuse.config.schema import RunConfig, setting
 from mopefuse.config.setting_flags import FLAGS, Flag
-from mopefuse.config.setting_paths import flatten
 from mopefuse.errors import ConfigError
 
 COMMANDS = ("train", "fit", "eval", "predict", "data check", "data preview")
@@ -83,7 +82,7 @@ def test_an_option_has_the_help_text_of_its_setting(command: str) -> None:
     found = options(command)
     for flag in setting_flags.flags_for(command):
         shows_default = command not in ("fit", "eval", "predict")  # the run determines the value
-        usual = flatten(CONDITIONAL).get(flag.path)
+        usual = CONDITIONAL_BY_PATH.get(flag.path)
         assert found[flag.name].help == help_text(setting(flag.path), default=shows_default, of_method=usual)
         assert found[flag.name].rich_help_panel == flag.panel
 

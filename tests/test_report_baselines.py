@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, call
+from conftest import PLAIN_SETTINGS, TINY, call
 from report_cases import facts_of
 from study_cases import Made, change, make_study
 from test_data_pages import Page
@@ -39,8 +39,8 @@ def chosen(run: Path) -> dict[str, str]:
 
 
 def test_only_settings_chosen_by_the_user_are_listed(run: Path, pairs: Path, tmp_path: Path) -> None:
-    plain = {"compat": "paper", "prompts.gate": "zero", "head_norm": "layer"}
-    assert chosen(run) == plain | {"device": "cpu", "prompts.experts": "2", "train.batch_size": "4", "train.max_steps": "2"}
+    own = {"device": "cpu", "prompts.experts": "2", "train.batch_size": "4", "train.max_steps": "2"}
+    assert chosen(run) == PLAIN_SETTINGS | own
     flags = ("--set", "train.lr=0.01", "--set", "prompts.static=3", "--set", "prompts.dynamic=6")
     assert call("train", *TINY, "--data", pairs, "--out", tmp_path / "run", "--steps", "2", *flags).returncode == 0
     report(tmp_path / "run", device="cpu", audit=False)

@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 import pytest
 import yaml
-from conftest import call
+from conftest import PLAIN_SETTINGS, call
 from test_study import start, steps, wait_for
 
 from mopefuse.errors import ConfigError, PackageError
@@ -29,7 +29,7 @@ STEPS = {"epochs": 2, "batch_size": 6, "log_every": 1, "checkpoint_every": 1}
 
 def write_search(folder: Path, pairs: Path, name: str = "search", **values: Any) -> Path:
     settings = {"main": "tiny:vision", "comp": "tiny:text", "device": "cpu", "data.path": str(pairs), "train": STEPS}
-    settings |= {"compat": "paper", "prompts.gate": "zero", "head_norm": "layer"}
+    settings |= PLAIN_SETTINGS
     study: dict[str, Any] = {"settings": settings, "search": {"trials": 5, "space": SPACE, "seed": 3}}
     study["search"] |= values.pop("search", {})
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import call
+from conftest import PLAIN_SETTINGS, call
 
 from mopefuse.core.atomic_files import is_alive
 from mopefuse.errors import ConfigError
@@ -29,7 +29,7 @@ STEPS = {"epochs": 4, "batch_size": 4, "lr": 1e-2, "log_every": 1, "checkpoint_e
 
 def write_study(folder: Path, pairs: Path, **values: Any) -> Path:
     settings = {"main": "tiny:vision", "comp": "tiny:text", "device": "cpu", "data.path": str(pairs), "train": STEPS}
-    settings |= {"prompts.static": 2, "prompts.dynamic": 2, "prompts.gate": "zero", "compat": "paper", "head_norm": "layer"}
+    settings |= {"prompts.static": 2, "prompts.dynamic": 2, **PLAIN_SETTINGS}
     study = {"settings": settings, "seeds": [0, 1], "grid": {"prompts.experts": [1, 3]}, "baseline": "experts=1"}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "study.yaml").write_text(yaml.safe_dump(study | values, sort_keys=False))

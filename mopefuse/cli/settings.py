@@ -112,14 +112,13 @@ def _with_options(function: Callable[..., None], options: Mapping[str, inspect.P
 
 def _option(flag: Flag, *, default: bool) -> inspect.Parameter:
     """The option of a flag, as a parameter that Typer understands; `default`: whether its help shows the default."""
-    from mopefuse.config.defaults import CONDITIONAL
+    from mopefuse.config.defaults import CONDITIONAL_BY_PATH
     from mopefuse.config.messages import choices, command_line_type, help_text
     from mopefuse.config.schema import setting
-    from mopefuse.config.setting_paths import flatten
 
     field = setting(flag.path)
     metavar = flag.metavar or "|".join(choices(field)) or None
-    text = help_text(field, default=default, of_method=flatten(CONDITIONAL).get(flag.path))
+    text = help_text(field, default=default, of_method=CONDITIONAL_BY_PATH.get(flag.path))
     names = flag.name if not flag.off else f"{flag.name}/{flag.off}"
     option = typer.Option(names, metavar=metavar, help=text, rich_help_panel=flag.panel, show_default=False)
     kind = command_line_type(field)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mopefuse.config.setting_paths import merge
+from mopefuse.config.setting_paths import flatten, merge
 
 ONE_SIDED = {"main-only": "comp", "comp-only": "main"}
 """Methods that use one encoder, mapped to the side whose encoder can be omitted."""
@@ -53,6 +53,9 @@ CONDITIONAL: dict[str, Any] = {
     "train": {"patience": 3, "lr": 2e-3, "lr_head": 1e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": 0.1},
 }
 """Defaults of the method conditional without ``compat``, chosen by measurement; see "Defaults" in docs/results.md."""
+
+CONDITIONAL_BY_PATH = flatten(CONDITIONAL)
+"""The same by dotted path."""
 
 BEST_START: dict[str, Any] = {"head_hidden": 256}
 """What ``warm_start: auto`` sets, with ``compat``, unless it is given: without a hidden layer, the head could not start as an
