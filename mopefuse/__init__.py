@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mopefuse.config.schema import RunConfig, build_config
     from mopefuse.data.pair_dataset import PairDataset
     from mopefuse.evaluation.scoring import Evaluation
-    from mopefuse.export.adapter import save_adapter
+    from mopefuse.export.adapter_export import save_adapter
     from mopefuse.fusion.build import build_fusion
     from mopefuse.inference.load_model import load_model
     from mopefuse.inference.predict import load
@@ -45,7 +45,7 @@ _MODULES = {
     "build_fusion": "mopefuse.fusion.build",
     "load": "mopefuse.inference.predict",
     "load_model": "mopefuse.inference.load_model",
-    "save_adapter": "mopefuse.export.adapter",
+    "save_adapter": "mopefuse.export.adapter_export",
 }
 
 
@@ -73,7 +73,7 @@ def fit(
     """
     from mopefuse.autofit.budget import parse_budget
     from mopefuse.autofit.fit import fit as run_fit
-    from mopefuse.core.python_names import python_names
+    from mopefuse.core.argument_names import python_names
     from mopefuse.runs.folder import default_path
 
     encoders = {side: spec for side, spec in (("main", main), ("comp", comp)) if spec is not None}
@@ -101,7 +101,7 @@ def train(config: RunConfig, out: str | Path, *, resume: bool = False, overwrite
     Raises:
         MopefuseError: an invalid setting, data, encoder or folder; see docs/errors.md.
     """
-    from mopefuse.core.python_names import python_names
+    from mopefuse.core.argument_names import python_names
     from mopefuse.training.train import train as train_run
 
     with python_names():
@@ -129,7 +129,7 @@ def evaluate(
         CheckpointError: there is no such run, or its encoders are not those that it was trained with.
         DataError: labels that the model does not know, or invalid rows.
     """
-    from mopefuse.core.python_names import python_names
+    from mopefuse.core.argument_names import python_names
     from mopefuse.evaluation.evaluate import evaluate as evaluate_run
 
     place = None if data is None else Path(data)

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from mopefuse.config.recipe import resolve
-from mopefuse.data.digit_questions import make
+from mopefuse.data.sets.digit_questions import make
 from mopefuse.runs.folder import RunFolder
 from mopefuse.training.swap import swap_encoder
 from mopefuse.training.train import train

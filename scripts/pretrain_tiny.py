@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mopefuse.core.registry import Spec
-from mopefuse.data import digit_questions as dq
+from mopefuse.data.sets import digit_questions as dq
 from mopefuse.encoders import tiny
 from mopefuse.modalities import tokens
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mopefuse.config.defaults import CONDITIONAL_BY_PATH
+from mopefuse.config.method_defaults import CONDITIONAL_BY_PATH
 from mopefuse.config.schema import RunConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"

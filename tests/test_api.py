@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import mopefuse
-from mopefuse.core.python_names import as_argument
+from mopefuse.core.argument_names import as_argument
 from mopefuse.errors import CheckpointError, ConfigError, DataError, EncoderError, MopefuseError, NumericError
 from mopefuse.fusion.base import Fusion
 

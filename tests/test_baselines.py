@@ -14,7 +14,7 @@ from mopefuse.fusion import baselines
 from mopefuse.fusion.baselines import Baseline, Baselines, fit_baselines, hold_out
 from mopefuse.fusion.mlp_fit import NetworkSettings
 from mopefuse.fusion.regression import FitSettings, Fold
-from mopefuse.metrics.noise import exceeds_noise
+from mopefuse.metrics.significance import exceeds_noise
 
 HOW = FitSettings(2, multi_label=False, threshold=0.5, balanced=False, settings=Linear(strengths=(0.01, 1.0)))
 NETWORK = NetworkSettings(hidden=64, dropout=0.0, seed=0)

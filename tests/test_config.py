@@ -11,7 +11,7 @@ from conftest import code_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mopefuse.config.defaults import OFFICIAL
+from mopefuse.config.method_defaults import OFFICIAL
 from mopefuse.config.recipe import parse_set, read_recipe, read_yaml, resolve, saved_config, to_yaml
 from mopefuse.config.schema import build_config, known_keys
 from mopefuse.errors import CheckpointError, ConfigError

@@ -23,7 +23,7 @@ from mopefuse.core import device as devices
 from mopefuse.core.tensor_files import read_tensors, write_tensors
 from mopefuse.fusion.base import Fusion
 from mopefuse.training.losses import classification_loss
-from mopefuse.training.optim import load_optimizer_state, make_optimizer, optimizer_state
+from mopefuse.training.optimizer import load_optimizer_state, make_optimizer, optimizer_state
 from mopefuse.training.train import train
 
 pytestmark = pytest.mark.cuda

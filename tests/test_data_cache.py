@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from mopefuse.config.schema import Data
 from mopefuse.core import cache
 from mopefuse.data.collate import Samples
-from mopefuse.data.features import split_features
+from mopefuse.data.feature_cache import split_features
 from mopefuse.data.image_cache import pictures
 from mopefuse.data.load import load_data
 from mopefuse.encoders.base import create_encoder, run_frozen
@@ -113,7 +113,7 @@ def test_a_second_run_encodes_and_decodes_nothing(photos: Path, tmp_path: Path, 
     notices = Notices()
     train(settings(photos, cache_images=True), tmp_path / "first", listener=notices)
     assert "train: 3 different texts encoded once by tiny:text, kept in" in " ".join(notices.texts)
-    monkeypatch.setattr("mopefuse.data.features.encode_pooled", lambda *_: pytest.fail("a text was encoded"))
+    monkeypatch.setattr("mopefuse.data.feature_cache.encode_pooled", lambda *_: pytest.fail("a text was encoded"))
     monkeypatch.setattr("mopefuse.modalities.image._decoded", lambda *_, **__: pytest.fail("an image was decoded or looked at"))
     notices = Notices()
     train(settings(photos, cache_images=True), tmp_path / "second", listener=notices)

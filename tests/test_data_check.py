@@ -15,9 +15,9 @@ from conftest import TINY, call, make_pairs, run_cli
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mopefuse.data.digit_questions import make
 from mopefuse.data.findings import KINDS, row_findings
 from mopefuse.data.index import Index
+from mopefuse.data.sets.digit_questions import make
 from mopefuse.report.data_check import check_page
 
 

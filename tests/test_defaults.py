@@ -11,7 +11,7 @@ import torch
 from conftest import call, make_pairs
 
 import mopefuse
-from mopefuse.config.defaults import CONDITIONAL
+from mopefuse.config.method_defaults import CONDITIONAL
 from mopefuse.config.schema import build_config
 from mopefuse.config.setting_paths import flatten
 from mopefuse.core.tensor_files import read_tensors

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mopefuse.data import digit_questions as dq
+from mopefuse.data.sets import digit_questions as dq
 from mopefuse.errors import DataError
 
 COUNTS = {"train": 60, "val": 20, "test": 240}

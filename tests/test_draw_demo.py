@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mopefuse.data.digit_questions import make
+from mopefuse.data.sets.digit_questions import make
 from mopefuse.training.demo import VARIANTS
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "draw_demo.py"

@@ -16,7 +16,7 @@ from conftest import call, make_pairs, write_rows
 from encoder_cases import WORDS, add_open_clip_models, edit_config, save_hf
 
 from mopefuse.config.schema import Data, build_config
-from mopefuse.data.features import split_features
+from mopefuse.data.feature_cache import split_features
 from mopefuse.data.load import load_data
 from mopefuse.encoders import description as _description
 from mopefuse.encoders.base import create_encoder

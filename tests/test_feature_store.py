@@ -22,9 +22,9 @@ from conftest import TINY, call, make_pairs, ranks, write_rows
 from mopefuse.config.schema import Data, build_config
 from mopefuse.core import artifact as checkpoint
 from mopefuse.core import cache
-from mopefuse.data import features as module
-from mopefuse.data.feature_store import FeatureStore, Mapped
-from mopefuse.data.features import split_features
+from mopefuse.data import feature_cache as module
+from mopefuse.data.feature_cache import split_features
+from mopefuse.data.feature_shards import FeatureStore, Mapped
 from mopefuse.data.load import load_data
 from mopefuse.encoders.base import create_encoder, run_frozen
 from mopefuse.encoders.frozen import encode_pooled
@@ -309,7 +309,7 @@ import os, sys, time, torch
 from pathlib import Path
 data, out, cache, seconds, noise, tests = sys.argv[1:]
 sys.path.insert(0, tests)
-from mopefuse.data import features as module
+from mopefuse.data import feature_cache as module
 from test_feature_store import features, rows
 os.environ["MOPEFUSE_CACHE"] = cache  # conftest has one of its own
 module._VALUES_AT_ONCE, module._SHARD_BYTES = 4, 8 * 96 * 4

@@ -17,8 +17,8 @@ from mopefuse.__main__ import main as start_command
 from mopefuse.cli.app import app
 from mopefuse.cli.settings import add_command
 from mopefuse.config import setting_flags
-from mopefuse.config.defaults import CONDITIONAL_BY_PATH
 from mopefuse.config.messages import bounds, choices, help_text
+from mopefuse.config.method_defaults import CONDITIONAL_BY_PATH
 from mopefuse.config.recipe import resolve
 from mopefuse.config.schema import RunConfig, setting
 from mopefuse.config.setting_flags import FLAGS, Flag

@@ -26,8 +26,8 @@ from test_train import config
 from mopefuse.core import cache
 from mopefuse.core.artifact import read_json, verify
 from mopefuse.data.collate import Samples
-from mopefuse.data.digit_questions import make
 from mopefuse.data.load import load_data
+from mopefuse.data.sets.digit_questions import make
 from mopefuse.encoders.base import create_encoder
 from mopefuse.studies.compare import study_facts
 from mopefuse.studies.study_file import STUDY_FILE

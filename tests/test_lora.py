@@ -29,8 +29,8 @@ from mopefuse.fusion.base import Fusion, unsaved_fingerprints
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
 from mopefuse.testing import check_encoder
-from mopefuse.training.inherit import inherit
 from mopefuse.training.train import train
+from mopefuse.training.transfer_weights import transfer_weights
 
 pytest_plugins = ["families"]
 RANK, ALPHA = 4, 6.0
@@ -276,8 +276,8 @@ def test_a_swapped_encoder_gets_a_new_lora_and_the_other_keeps_it(new: dict[str,
 
     old = model(0)
     learn(old)
-    state, inherited = inherit(old, model(1, **new), ["a", "b"], ["a", "b"])
-    fates = {entry.name: entry.fate for entry in inherited if ".lora_" in entry.name}
+    state, transferred = transfer_weights(old, model(1, **new), ["a", "b"], ["a", "b"])
+    fates = {entry.name: entry.fate for entry in transferred if ".lora_" in entry.name}
     assert {fate for name, fate in fates.items() if name.startswith(carried)} == {"kept"}
     if anew:
         assert {fate for name, fate in fates.items() if name.startswith(anew)} == {"new"}

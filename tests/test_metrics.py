@@ -15,7 +15,7 @@ from sklearn import metrics as sk
 from mopefuse.core.artifact import dump_json, finite
 from mopefuse.metrics import classification as metrics
 from mopefuse.metrics.classification import compute, per_label, probabilities
-from mopefuse.metrics.losses import label_loss
+from mopefuse.metrics.label_loss import label_loss
 from mopefuse.metrics.quality_gates import selected_metric
 
 

@@ -19,7 +19,7 @@ from mopefuse.config.schema import Data
 from mopefuse.data.base import Batch, DataSet
 from mopefuse.data.check import check
 from mopefuse.data.collate import Samples
-from mopefuse.data.features import split_features
+from mopefuse.data.feature_cache import split_features
 from mopefuse.data.load import load_data
 from mopefuse.data.perturbed import ShuffledSamples
 from mopefuse.encoders.base import create_encoder, run_frozen

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import plain_config
 
-from mopefuse.training.optim import factor, load_optimizer_state
+from mopefuse.training.optimizer import factor, load_optimizer_state
 
 
 def test_the_optimiser_state_is_moved_to_the_device_of_its_parameters() -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mopefuse.config.schema import Data
 from mopefuse.data.load import load_data
-from mopefuse.data.photo_grids import make, place_names
+from mopefuse.data.sets.photo_grids import make, place_names
 from mopefuse.errors import DataError
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}

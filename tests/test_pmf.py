@@ -20,9 +20,9 @@ from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.evaluation.evaluate import evaluate
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
-from mopefuse.training.inherit import inherit
 from mopefuse.training.swap import swap_encoder
 from mopefuse.training.train import train
+from mopefuse.training.transfer_weights import transfer_weights
 
 LEARNED = ("query_QD", "query_context_XD", "fusion_context_PD")
 
@@ -232,8 +232,8 @@ def test_settings_of_other_methods_are_reported_as_unused() -> None:
 
 def test_swapping_an_encoder_keeps_the_tensors_of_the_other() -> None:
     old, new = pmf(), pmf(main="tiny:vision-b")
-    _, inherited = inherit(old, new, list("abcdefg"), list("abcdefg"))
-    fresh = {entry.name for entry in inherited if entry.fate == "new"}
+    _, transferred = transfer_weights(old, new, list("abcdefg"), list("abcdefg"))
+    fresh = {entry.name for entry in transferred if entry.fate == "new"}
     assert fresh == {f"stacks.main.{at}.mapping.0.{kind}" for at in (0, 1) for kind in ("weight", "bias")}
     assert all(old.dependency_of(name) for name in old.named_trainable_parameters() if not name.startswith("head."))
 

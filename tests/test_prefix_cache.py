@@ -19,7 +19,7 @@ from mopefuse.core.artifact import sha256
 from mopefuse.data.base import DataSet
 from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
-from mopefuse.data.prefixes import Prefixes, split_prefixes
+from mopefuse.data.prefix_cache import Prefixes, split_prefixes
 from mopefuse.encoders.base import Prefix, create_encoder
 from mopefuse.encoders.tiny import TinyEncoder
 from mopefuse.errors import ConfigError, Interrupted
@@ -311,7 +311,7 @@ def test_the_cache_uses_at_most_half_of_the_free_space(data: Path, tmp_path: Pat
     class Usage:
         free = 200_000
 
-    monkeypatch.setattr("mopefuse.training.prefix_cache.shutil.disk_usage", lambda _: Usage)
+    monkeypatch.setattr("mopefuse.training.start_layer.shutil.disk_usage", lambda _: Usage)
     assert code_of(lambda: train(settings(data), tmp_path / "run")) == "MF-RES-360"
     Usage.free = 400_000
     train(settings(data, train__epochs=0), tmp_path / "run")

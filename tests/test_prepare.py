@@ -20,10 +20,10 @@ from conftest import code_of
 from prepare_cases import food101, mm_imdb, rows_of, skipped_in, snli_ve
 
 from mopefuse.data import _source_files
-from mopefuse.data.food101 import Food101
-from mopefuse.data.mm_imdb import MMIMDb
 from mopefuse.data.prepare import Sample, Skip, Source, prepare
-from mopefuse.data.snli_ve import SNLIVE
+from mopefuse.data.sets.food101 import Food101
+from mopefuse.data.sets.mm_imdb import MMIMDb
+from mopefuse.data.sets.snli_ve import SNLIVE
 from mopefuse.errors import DataError
 
 CASES: list[Any] = [
@@ -247,7 +247,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from mopefuse.data.prepare import prepare
-from mopefuse.data.snli_ve import SNLIVE
+from mopefuse.data.sets.snli_ve import SNLIVE
 
 def kill(stage, done, total):
     if stage == sys.argv[3]:

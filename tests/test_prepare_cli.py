@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from prepare_cases import SNLI_VE_SKIPPED, food101, mm_imdb, pair, snli_ve
 
 from mopefuse.data.prepare import Option, prepare
-from mopefuse.data.snli_ve import LABELS, SNLIVE, Pair, read_pair
+from mopefuse.data.sets.snli_ve import LABELS, SNLIVE, Pair, read_pair
 
 
 def stdout_json(done: subprocess.CompletedProcess[str]) -> Any:

@@ -14,10 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prepare_cases import TEST_ROWS, TRAIN_ROWS, TRAIN_SKIPPED, food101, rows_of, skipped_in
 
-from mopefuse.data._food101_text import OddRow, TitleRow, clean, plain_title, read_title
 from mopefuse.data._source_files import SourceFolder
-from mopefuse.data.food101 import Food101
 from mopefuse.data.prepare import Sample, Skip, prepare
+from mopefuse.data.sets._food101_text import OddRow, TitleRow, clean, plain_title, read_title
+from mopefuse.data.sets.food101 import Food101
 from mopefuse.errors import DataError
 
 

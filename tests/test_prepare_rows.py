@@ -20,10 +20,10 @@ from prepare_cases import (
     snli_ve,
 )
 
-from mopefuse.data.food101 import Food101
-from mopefuse.data.mm_imdb import MMIMDb
 from mopefuse.data.prepare import prepare
-from mopefuse.data.snli_ve import SNLIVE
+from mopefuse.data.sets.food101 import Food101
+from mopefuse.data.sets.mm_imdb import MMIMDb
+from mopefuse.data.sets.snli_ve import SNLIVE
 from mopefuse.errors import DataError
 
 # -- MM-IMDB

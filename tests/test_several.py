@@ -15,7 +15,7 @@ from conftest import call, plain_config
 from test_fusion import TEXTS, build, images, open_gates
 from test_swap import SMALL, config_of, kept, pair
 
-from mopefuse.config.sides import specs, specs_by_side, with_specs
+from mopefuse.config.encoder_sides import specs, specs_by_side, with_specs
 from mopefuse.core.precision import normalize_feature
 from mopefuse.data.load import load_data
 from mopefuse.data.perturbed import derangement

@@ -19,7 +19,7 @@ from mopefuse.data.load import load_data
 from mopefuse.data.subsets import apportion, choose_few, hold_out
 from mopefuse.errors import ConfigError
 from mopefuse.fusion.base import Output
-from mopefuse.metrics.losses import balanced_weights
+from mopefuse.metrics.label_loss import balanced_weights
 from mopefuse.training.losses import classification_loss
 
 IDS = [f"row-{number}" for number in range(60)]

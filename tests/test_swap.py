@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from mopefuse.errors import ConfigError
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
-from mopefuse.training.inherit import inherit
 from mopefuse.training.listener import Listener
 from mopefuse.training.swap import swap_encoder
 from mopefuse.training.train import train
+from mopefuse.training.transfer_weights import transfer_weights
 
 SMALL = "timm:vit_tiny?pretrained=false&img_size=32&patch_size=16&depth=2&embed_dim=48&num_heads=4"
 DEEPER = SMALL.replace("depth=2", "depth=3")
@@ -40,8 +40,8 @@ def pair(old: dict[str, Any], new: dict[str, Any], labels: Labels = (["a", "b"],
     with torch.no_grad():
         for parameter in one.trainable_parameters():
             parameter.normal_()
-    state, inherited = inherit(one, other, *labels)
-    return one.trainable_state_dict(), state, {entry.name: entry.fate for entry in inherited}
+    state, transferred = transfer_weights(one, other, *labels)
+    return one.trainable_state_dict(), state, {entry.name: entry.fate for entry in transferred}
 
 
 def kept(fates: dict[str, str], prefix: str) -> set[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mopefuse.config.recipe import resolve
-from mopefuse.data.digit_questions import make
+from mopefuse.data.sets.digit_questions import make
 from mopefuse.runs.folder import RunFolder
 from mopefuse.training.swap import swap_encoder
 from mopefuse.training.train import train

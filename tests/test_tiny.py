@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mopefuse.data import digit_questions as dq
+from mopefuse.data.sets import digit_questions as dq
 from mopefuse.encoders import tiny
 from mopefuse.encoders.attention import Prompt
 from mopefuse.encoders.base import Encoder, Inputs, create_encoder

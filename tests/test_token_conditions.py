@@ -20,9 +20,9 @@ from torch import Tensor
 from mopefuse.core import cache
 from mopefuse.core.precision import normalize_feature
 from mopefuse.data.base import Batch
-from mopefuse.data.condition_tokens import split_tokens
 from mopefuse.data.load import load_data
-from mopefuse.encoders._windows import attend_in_windows
+from mopefuse.data.token_cache import split_tokens
+from mopefuse.encoders._window_attention import attend_in_windows
 from mopefuse.encoders.attention import attend
 from mopefuse.encoders.base import Encoder, create_encoder
 from mopefuse.encoders.tiny import TinyEncoder
@@ -371,7 +371,7 @@ def test_an_audit_shuffles_and_blanks_the_tokens(data: Path, tmp_path: Path) -> 
 def test_a_swapped_encoder_keeps_queries_and_mappers(data: Path, tmp_path: Path) -> None:
     train(settings(data, train__epochs=1), tmp_path / "run")
     swap = swap_encoder(tmp_path / "run", tmp_path / "new", comp="tiny:text-b")
-    fates = {entry.name: entry.fate for entry in swap.inherited if "resampler" in entry.name or "mapper" in entry.name}
+    fates = {entry.name: entry.fate for entry in swap.transferred if "resampler" in entry.name or "mapper" in entry.name}
     new = {name for name, fate in fates.items() if fate == "new"}
     assert new == {f"stack.resamplers.comp.trunk.0.{kind}" for kind in ("weight", "bias")}
     assert set(fates.values()) == {"new", "kept"} and "stack.resamplers.comp.queries_Rh" in fates

@@ -12,11 +12,11 @@ from test_fusion import TEXTS, build, images, open_gates
 from mopefuse.config.schema import build_config
 from mopefuse.core import registry
 from mopefuse.errors import EncoderError
-from mopefuse.fusion._tunable import TunedFusion
+from mopefuse.fusion._tuned_encoders import TunedFusion
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
-from mopefuse.training.optim import make_optimizer
+from mopefuse.training.optimizer import make_optimizer
 from mopefuse.training.plan import resolved
 from mopefuse.training.train import train
 

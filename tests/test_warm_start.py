@@ -13,7 +13,7 @@ from conftest import call, make_pairs, matrix, plain_config
 
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.core.tensor_files import read_tensors
-from mopefuse.data.features import split_features
+from mopefuse.data.feature_cache import split_features
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError
 from mopefuse.evaluation.split import model_outputs

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mopefuse.encoders import _windows
-from mopefuse.encoders._windows import attend_in_windows
+from mopefuse.encoders import _window_attention
+from mopefuse.encoders._window_attention import attend_in_windows
 from mopefuse.encoders.attention import attend, split_fused
 
 B, W, H, L, P, E = 2, 3, 2, 4, 3, 5
@@ -61,8 +61,8 @@ def test_it_equals_attention_with_the_prompt_in_every_window(gated: bool, masked
 @pytest.mark.parametrize("gated", [False, True])
 def test_its_gradients_are_those_of_differences(gated: bool, padded: bool) -> None:
     x = drawn()
-    form = _windows._Gated if gated else _windows._Joint
-    hidden = _windows._hidden(torch.tensor([[True] * P, [False, True, False]]), B * W, H) if padded else None
+    form = _window_attention._Gated if gated else _window_attention._Joint
+    hidden = _window_attention._hidden(torch.tensor([[True] * P, [False, True, False]]), B * W, H) if padded else None
     assert torch.autograd.gradcheck(
         lambda qkv, k, v: form.apply(qkv, k, v, hidden, x["bias"], x["mask"], SCALE), (x["qkv"], x["k"], x["v"])
     )

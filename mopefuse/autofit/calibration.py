@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mopefuse.fusion.linear import mean_of_sigmoids, mean_of_softmaxes
 from mopefuse.fusion.wide_head import WideHead
 from mopefuse.metrics import classification as metrics
-from mopefuse.metrics.losses import label_loss
+from mopefuse.metrics.label_loss import label_loss
 
 _WIDEST = 10.0  # T and 1 / T are at most this
 _STEPS = 200  # tried on either side of 1

@@ -19,7 +19,7 @@ from mopefuse.config.schema import RunConfig
 from mopefuse.fusion.linear import mean_of_sigmoids, mean_of_softmaxes
 from mopefuse.fusion.mlp_fit import Network, NetworkSettings, epochs_for, fit_network
 from mopefuse.fusion.regression import FitSettings, Problem, standard_state
-from mopefuse.metrics.losses import balanced_weights
+from mopefuse.metrics.label_loss import balanced_weights
 from mopefuse.training.listener import Listener
 
 _LEAST_EPOCHS = 5

@@ -19,7 +19,7 @@ from mopefuse.core.error_codes import ResourceCode
 from mopefuse.core.formatting import duration
 from mopefuse.data.base import Batch, Split
 from mopefuse.data.collate import FeatureTable
-from mopefuse.data.features import split_features
+from mopefuse.data.feature_cache import split_features
 from mopefuse.data.subsets import random_order
 from mopefuse.errors import ResourceError
 from mopefuse.fusion.regression import Fold

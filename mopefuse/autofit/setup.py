@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mopefuse.config.encoder_sides import Comp
 from mopefuse.config.recipe import data_settings
 from mopefuse.config.schema import Data
-from mopefuse.config.sides import Comp
 from mopefuse.core.error_codes import EncoderCode
 from mopefuse.data.columns import EXPECTED
 from mopefuse.data.guess_columns import guess_columns

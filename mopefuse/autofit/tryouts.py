@@ -18,7 +18,7 @@ from mopefuse.autofit.cross_validation import (
 from mopefuse.autofit.listener import CandidateListener, OutOfTime
 from mopefuse.autofit.scores import Predictions
 from mopefuse.autofit.state import CROSS_VALIDATED, FAILED, SKIPPED, VALIDATED, Entry
-from mopefuse.config.sides import is_comp
+from mopefuse.config.encoder_sides import is_comp
 from mopefuse.core.formatting import duration
 from mopefuse.errors import Interrupted, MopefuseError
 from mopefuse.evaluation.split import run_split

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mopefuse.bench.inserted_tokens import as_tokens, why_not_insertable
-from mopefuse.config.defaults import CONDITIONAL, defaults_of
+from mopefuse.config.encoder_sides import specs
+from mopefuse.config.method_defaults import CONDITIONAL, defaults_of
 from mopefuse.config.schema import RunConfig
 from mopefuse.config.setting_paths import merge
-from mopefuse.config.sides import specs
 from mopefuse.core import device as devices
 from mopefuse.core import distributed, registry
 from mopefuse.data.base import Batch
@@ -28,7 +28,7 @@ from mopefuse.fusion.base import Fusion
 from mopefuse.modalities.base import get_modality
 from mopefuse.prompts.experts import importance_loss
 from mopefuse.training.losses import classification_loss
-from mopefuse.training.optim import make_optimizer, with_learning_rates
+from mopefuse.training.optimizer import make_optimizer, with_learning_rates
 
 LABELS = 10
 FLOOR, UNGATED, TOKENS = "floor", "conditional, ungated", "conditional, as tokens"

@@ -27,7 +27,7 @@ def list_(
     if context.invoked_subcommand is not None:
         return
     from mopefuse.cli._render import out, print_json, table
-    from mopefuse.core.aliases import ALIASES, COMP_ONLY, FAMILIES
+    from mopefuse.core.encoder_aliases import ALIASES, COMP_ONLY, FAMILIES
     from mopefuse.core.registry import ENCODERS, distribution, shortest_names
 
     found = shortest_names(ENCODERS)

@@ -112,8 +112,8 @@ def _with_options(function: Callable[..., None], options: Mapping[str, inspect.P
 
 def _option(flag: Flag, *, default: bool) -> inspect.Parameter:
     """The option of a flag, as a parameter that Typer understands; `default`: whether its help shows the default."""
-    from mopefuse.config.defaults import CONDITIONAL_BY_PATH
     from mopefuse.config.messages import choices, command_line_type, help_text
+    from mopefuse.config.method_defaults import CONDITIONAL_BY_PATH
     from mopefuse.config.schema import setting
 
     field = setting(flag.path)

@@ -46,8 +46,8 @@ def swap_encoder(
       mopefuse swap-encoder runs/first --comp hf:roberta-base -o runs/new
     """
     from mopefuse.cli._train_display import Display
+    from mopefuse.config.encoder_sides import check_weights
     from mopefuse.config.recipe import parse_set
-    from mopefuse.config.sides import check_weights
     from mopefuse.runs.locate import find_run
 
     settings = parse_set(set_ or ())
@@ -76,7 +76,7 @@ def _print(swap: Swap, folder: Path, *, tuned: bool) -> None:
     from mopefuse.cli._render import err, out, percent, table
 
     groups: dict[tuple[str, str], list[int]] = {}
-    for entry in swap.inherited:
+    for entry in swap.transferred:
         group = groups.setdefault((_group(entry.name), entry.fate), [0, 0, 0])
         size = 1
         for side in entry.shape:

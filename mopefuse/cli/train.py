@@ -71,8 +71,8 @@ def _resolve(
         ConfigError: the run to resume is not named or does not exist, or settings are invalid.
         CheckpointError: a file of weights does not exist.
     """
+    from mopefuse.config.encoder_sides import check_weights, specs
     from mopefuse.config.recipe import resolve
-    from mopefuse.config.sides import check_weights, specs
     from mopefuse.errors import ConfigError
 
     if resume and not named:

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from mopefuse.config.defaults import defaults_of, without_idle_side
 from mopefuse.config.messages import field_at, invalid_settings_error, keys_in
-from mopefuse.config.methods import MLP, QMF, CrossAttention, Flamingo, Inserted, Interactive
+from mopefuse.config.method_defaults import defaults_of, without_idle_side
+from mopefuse.config.method_settings import MLP, QMF, CrossAttention, Flamingo, Inserted, Interactive
 from mopefuse.config.section import MANY as _MANY
 from mopefuse.config.section import MOST_TOKENS as _MOST_TOKENS
 from mopefuse.config.section import WIDEST as _WIDEST

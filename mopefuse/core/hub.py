@@ -23,8 +23,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from mopefuse.core.aliases import ALIASES
 from mopefuse.core.artifact import sha256
+from mopefuse.core.encoder_aliases import ALIASES
 from mopefuse.core.error_codes import EncoderCode, ResourceCode
 from mopefuse.errors import EncoderError, MopefuseError, ResourceError, similar_names
 

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from mopefuse.config.recipe import changed_data
 from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.argument_names import python_names
 from mopefuse.core.error_codes import ConfigCode, DataCode
-from mopefuse.core.python_names import python_names
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, DataError
 

@@ -16,8 +16,8 @@ from mopefuse.config.schema import RunConfig
 from mopefuse.core import distributed
 from mopefuse.data.base import DataSet
 from mopefuse.data.collate import Samples
-from mopefuse.data.feature_store import FeatureStore, Found, Shard, Values
-from mopefuse.data.features import Computation, Numbers, describe_origin
+from mopefuse.data.feature_cache import Computation, Numbers, describe_origin
+from mopefuse.data.feature_shards import FeatureStore, Found, Shard, Values
 from mopefuse.encoders.base import Encoder, Inputs
 from mopefuse.errors import NumericError
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from mopefuse.core.precision import to_float32
 from mopefuse.encoders import _lora
 from mopefuse.encoders._prompted import PromptedEncoder
-from mopefuse.encoders._windows import attend_in_windows
+from mopefuse.encoders._window_attention import attend_in_windows
 from mopefuse.encoders.attention import Insert, Prompt, attend, attend_prompts, split_fused, split_heads, view_parts
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mopefuse.config.schema import Lora
 from mopefuse.core import registry
-from mopefuse.core.aliases import ALIASES
+from mopefuse.core.encoder_aliases import ALIASES
 from mopefuse.core.error_codes import EncoderCode, PluginCode
 from mopefuse.core.precision import weight_type
 from mopefuse.core.registry import Spec

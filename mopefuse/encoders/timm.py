@@ -25,7 +25,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from mopefuse.core import hub as _hub
-from mopefuse.core.aliases import ALIASES
+from mopefuse.core.encoder_aliases import ALIASES
 from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.registry import Spec
 from mopefuse.core.tensor_files import check_tensors

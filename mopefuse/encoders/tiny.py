@@ -1,9 +1,9 @@
 """``tiny:vision`` and ``tiny:text``: two small transformers whose weights ship with the package, in two variants each.
 
-They serve the digit questions task (`mopefuse.data.digit_questions`) in minutes on a laptop without a network, and the tests
-use them. ``scripts/pretrain_tiny.py`` pretrained each on its own modality alone: vision to read four coloured digits, text
-to predict masked words. ``tiny:vision-b`` and ``tiny:text-b`` were pretrained with a different seed, so that an encoder can be
-swapped for one of the same kind and size. Options: ``?pretrained=false`` for random weights, ``?pool=cls``,
+They serve the digit questions task (`mopefuse.data.sets.digit_questions`) in minutes on a laptop without a network, and the
+tests use them. ``scripts/pretrain_tiny.py`` pretrained each on its own modality alone: vision to read four coloured digits,
+text to predict masked words. ``tiny:vision-b`` and ``tiny:text-b`` were pretrained with a different seed, so that an encoder
+can be swapped for one of the same kind and size. Options: ``?pretrained=false`` for random weights, ``?pool=cls``,
 ``?pool=mean`` or ``?pool=cls+mean`` for the pooled feature.
 
 Plain pre-norm transformers (An image is worth 16x16 words, https://arxiv.org/abs/2010.11929, scaled down).

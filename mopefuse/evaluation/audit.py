@@ -17,8 +17,8 @@ from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from mopefuse.config.encoder_sides import is_comp
 from mopefuse.config.schema import RunConfig
-from mopefuse.config.sides import is_comp
 from mopefuse.core import device as devices
 from mopefuse.core.precision import normalize_feature
 from mopefuse.data.base import DataSet

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mopefuse.config.encoder_sides import Comp
 from mopefuse.config.recipe import saved_config
-from mopefuse.config.sides import Comp
 from mopefuse.evaluation.bundle_split import bundle_outputs
 from mopefuse.evaluation.outputs import Advance
 from mopefuse.evaluation.scoring import Evaluation, score
@@ -35,7 +35,7 @@ def evaluate(
     Args:
         run: folder of a run, an adapter or a bundle; adapters and bundles need `data`.
         layout: settings of the section `data` that differ for these data, see `mopefuse.runs.load.with_data_path`.
-        main, comp: other specs of the same encoders, see `mopefuse.config.sides.specs_by_side`.
+        main, comp: other specs of the same encoders, see `mopefuse.config.encoder_sides.specs_by_side`.
         predictions: file to write predictions to, see `mopefuse.evaluation.predictions`.
         advance: progress over files to check, then over samples.
 

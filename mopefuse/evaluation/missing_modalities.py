@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mopefuse.config.sides import Comp
+from mopefuse.config.encoder_sides import Comp
 from mopefuse.core import distributed
 from mopefuse.core.artifact import dump_json, read_json
 from mopefuse.core.atomic_files import write_atomically

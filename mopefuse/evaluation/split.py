@@ -17,9 +17,9 @@ from mopefuse.core import distributed
 from mopefuse.core.formatting import size
 from mopefuse.data.base import DataSet
 from mopefuse.data.collate import FeatureTable, Samples
-from mopefuse.data.condition_tokens import TokenTable, split_tokens
-from mopefuse.data.features import split_features
+from mopefuse.data.feature_cache import split_features
 from mopefuse.data.modality_dropout import ModalityDropout
+from mopefuse.data.token_cache import TokenTable, split_tokens
 from mopefuse.evaluation.outputs import Advance, ModelOutputs, SplitOutput, collect
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import require_rows
@@ -86,7 +86,7 @@ def prepare_samples(
 
     Args:
         training: with augmentation and modality dropout, if they are configured.
-        prefixes: by side, outputs of the encoder's first layers, see `mopefuse.data.prefixes`.
+        prefixes: by side, outputs of the encoder's first layers, see `mopefuse.data.prefix_cache`.
         notice: called with what was computed or found in the cache.
         reading: called with what is being computed, how much of it is done, and how much there is.
     """

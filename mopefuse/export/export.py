@@ -18,9 +18,9 @@ from mopefuse.core.atomic_files import remove_leftovers
 from mopefuse.core.dependencies import require
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.errors import ConfigError
-from mopefuse.export.adapter import require_free, write_adapter
+from mopefuse.export.adapter_export import require_free, write_adapter
 from mopefuse.export.bundle_maker import Maker, Notice, Parity, without_data_path
-from mopefuse.runs import adapter
+from mopefuse.runs import adapter_folder
 from mopefuse.runs.load import Loaded, load_model
 from mopefuse.runs.locate import find_run
 
@@ -83,7 +83,7 @@ def export(
         publish(
             out,
             lambda folder: write_adapter(folder, loaded.model, config, facts, name=out.name, half=half, command=command),
-            {"kind": adapter.KIND},
+            {"kind": adapter_folder.KIND},
         )
         return Exported(folder=out, form=form, size=_size(out))
     maker = Maker(loaded, facts, form, routing=routing, int8=int8, name=out.name, notice=notice)

@@ -15,12 +15,12 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-from mopefuse.config.sides import specs
+from mopefuse.config.encoder_sides import specs
 from mopefuse.core.artifact import MANIFEST, verify
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode, EncoderCode
 from mopefuse.core.registry import parse_spec
 from mopefuse.errors import CheckpointError, ConfigError, EncoderError, MopefuseError
-from mopefuse.runs.adapter import AdapterFolder
+from mopefuse.runs.adapter_folder import AdapterFolder
 from mopefuse.runs.locate import PREFIX, find_run, kind_of, locate
 
 _SECONDS = 10.0  # for the first response of the hub

@@ -13,8 +13,8 @@ from mopefuse.core.error_codes import CheckpointCode, GateCode
 from mopefuse.errors import CheckpointError, DataError, GateError
 from mopefuse.inference.bundle import Bundle
 from mopefuse.modalities.image import open_image
-from mopefuse.runs.adapter import KIND as ADAPTER
-from mopefuse.runs.adapter import AdapterFolder
+from mopefuse.runs.adapter_folder import KIND as ADAPTER
+from mopefuse.runs.adapter_folder import AdapterFolder
 from mopefuse.runs.locate import kind_of
 
 

@@ -15,7 +15,7 @@ from mopefuse.config.schema import RunConfig
 from mopefuse.core.precision import apply_in_own_type, normalize_feature
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Insert
-from mopefuse.fusion._tunable import TunedFusion
+from mopefuse.fusion._tuned_encoders import TunedFusion
 from mopefuse.fusion.base import Output
 
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mopefuse.config.encoder_sides import is_comp, specs
 from mopefuse.config.schema import RunConfig
-from mopefuse.config.sides import is_comp, specs
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode
 from mopefuse.core.precision import apply_without_autocast, to_float32
 from mopefuse.data.base import Batch

@@ -19,7 +19,7 @@ from torch import Tensor
 from mopefuse.core.formatting import percent
 from mopefuse.fusion.mlp_fit import Network, NetworkSettings, epochs_for, fit_network
 from mopefuse.fusion.regression import Advance, FitSettings, Fold, Problem, score, standard_state
-from mopefuse.metrics.losses import label_loss
+from mopefuse.metrics.label_loss import label_loss
 
 _FOLDS = 5
 _MANY_HELD_OUT = 500  # validation samples that suffice without cross-validation

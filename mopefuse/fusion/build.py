@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 import torch
 
+from mopefuse.config.encoder_sides import is_comp, specs, with_specs
 from mopefuse.config.schema import Prompts, RunConfig, build_config
 from mopefuse.config.setting_paths import flatten, merge, nest
-from mopefuse.config.sides import is_comp, specs, with_specs
 from mopefuse.core import device as devices
 from mopefuse.core import registry
+from mopefuse.core.argument_names import python_names
 from mopefuse.core.dependencies import out_of_memory
 from mopefuse.core.error_codes import ConfigCode, PluginCode, ResourceCode
 from mopefuse.core.formatting import size
-from mopefuse.core.python_names import python_names
 from mopefuse.data.columns import require_column
 from mopefuse.encoders.base import Encoder, check_name, create_encoder, full_spec
 from mopefuse.encoders.preprocess import ImagePreprocess

@@ -25,7 +25,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mopefuse.config.methods import MLP
+from mopefuse.config.method_settings import MLP
 from mopefuse.config.schema import Prompts, RunConfig
 from mopefuse.core.error_codes import ConfigCode, EncoderCode
 from mopefuse.core.precision import apply_without_autocast, normalize_feature, to_float32

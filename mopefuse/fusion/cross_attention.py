@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mopefuse.config.methods import CrossAttention as Settings
+from mopefuse.config.method_settings import CrossAttention as Settings
 from mopefuse.config.schema import RunConfig
 from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.precision import apply_in_own_type, apply_without_autocast, to_float32

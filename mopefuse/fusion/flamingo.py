@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mopefuse.config.methods import Flamingo as Settings
+from mopefuse.config.method_settings import Flamingo as Settings
 from mopefuse.config.schema import RunConfig
 from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.precision import apply_in_own_type

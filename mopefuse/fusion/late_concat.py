@@ -13,7 +13,7 @@ from typing import ClassVar
 from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder
-from mopefuse.fusion._tunable import TunedFusion
+from mopefuse.fusion._tuned_encoders import TunedFusion
 from mopefuse.fusion.base import Output
 
 

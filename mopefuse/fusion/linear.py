@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mopefuse.config.encoder_sides import is_comp
 from mopefuse.config.schema import RunConfig
-from mopefuse.config.sides import is_comp
 from mopefuse.core.precision import apply_without_autocast
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder

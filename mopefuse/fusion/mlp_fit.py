@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mopefuse.fusion._design_matrix import Design
 from mopefuse.fusion.regression import FitSettings, Targets
-from mopefuse.metrics.losses import label_loss
+from mopefuse.metrics.label_loss import label_loss
 
 _LEARNING_RATE, _WEIGHT_DECAY = 1e-3, 1e-2  # the defaults of the method `mlp`
 _BATCH = 64

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mopefuse.config.methods import Interactive
+from mopefuse.config.method_settings import Interactive
 from mopefuse.config.schema import RunConfig
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.data.base import Batch

@@ -89,7 +89,7 @@ class FitSettings(NamedTuple):
         threshold: probability above which a label is predicted (multi-label), or "tuned": one per label, on validation.
         balanced: whether every class has the same total weight, however rare.
         settings: the section `linear` of the configuration.
-        class_weights: weights of `mopefuse.metrics.losses.balanced_weights` if `balanced`, used by an MLP.
+        class_weights: weights of `mopefuse.metrics.label_loss.balanced_weights` if `balanced`, used by an MLP.
     """
 
     labels: int

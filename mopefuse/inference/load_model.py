@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mopefuse.config.sides import Comp
+from mopefuse.config.encoder_sides import Comp
 from mopefuse.core import device as devices
 from mopefuse.fusion.base import Fusion
 from mopefuse.runs import load as runs

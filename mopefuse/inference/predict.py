@@ -16,9 +16,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
+from mopefuse.config.encoder_sides import Comp
 from mopefuse.config.recipe import changed_data, saved_config
 from mopefuse.config.schema import Data as DataConfig
-from mopefuse.config.sides import Comp
 from mopefuse.core.dependencies import not_installed
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode, DataCode, NumericCode
 from mopefuse.core.formatting import json_text, spreadsheet_cell

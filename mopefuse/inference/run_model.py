@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mopefuse.config.sides import Comp
+from mopefuse.config.encoder_sides import Comp
 from mopefuse.core import device as devices
 from mopefuse.metrics import classification as metrics
 from mopefuse.modalities.base import to_arguments

@@ -5,9 +5,7 @@ head counts, and provides the callback ``prompt_at(layer, tokens, mask)``. `gate
 conditioning feature, differ from the papers; both are settings. Several complementary modalities, which the papers do not
 cover, each have their own psi: the router sums their scores, and each contributes its own mapped prompt, scale and shift.
 
-FiLM (Perez et al., arXiv 1709.07871; initialised to 0 as in adaLN-Zero, Peebles and Xie, arXiv 2212.09748) scales and shifts
-what the attention of a layer reads. It starts as the unchanged layer, needs no gate and no additional attention. It shares the
-trunk of the mapped prompt.
+FiLM (`mopefuse.prompts.film`) scales and shifts what the attention of a layer reads. It shares the trunk of the mapped prompt.
 
 With `condition: tokens`, also beyond the papers, the mapped prompt is computed from the output tokens of each complementary
 encoder (`mopefuse.prompts.resampler`) in place of its psi; router and FiLM still read psi.
@@ -34,6 +32,7 @@ from mopefuse.encoders.attention import Modulation, Prompt
 from mopefuse.errors import ConfigError
 from mopefuse.modalities.base import get_modality
 from mopefuse.prompts.experts import Routed, Router, mix
+from mopefuse.prompts.film import Film
 from mopefuse.prompts.resampler import ConditionTokens, Resampler, make_trunk
 
 KINDS = ("static", "dynamic", "mapped", "film")
@@ -114,28 +113,6 @@ class LayerPrompts(nn.Module):
             return None
         mask_BM = mask_BR.repeat_interleave(self.mapped, dim=1) if self.mapped > 1 else mask_BR
         return F.pad(mask_BM, (length - mask_BM.shape[1], 0), value=True)
-
-
-class Film(nn.Module):
-    """Scale and shift of one layer from the trunk of a condition: a linear map, or a softmax mixture of linear maps."""
-
-    def __init__(self, config: PromptConfig, width: int) -> None:
-        super().__init__()
-        self.experts, outputs = config.film_mixture, 2 * width
-        self.dropout = nn.Dropout(config.dropout)
-        self.output = nn.Linear(config.bottleneck, self.experts * outputs)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
-        self.weigh = nn.Linear(config.bottleneck, self.experts) if self.experts > 1 else None
-
-    def forward(self, trunk_Bh: Tensor) -> Tensor:
-        """Compute scale and shift side by side, (B, 2 * D)."""
-        out: Tensor = self.output(self.dropout(trunk_Bh))
-        if self.weigh is None:
-            return out
-        weights_BK = self.weigh(trunk_Bh).softmax(dim=-1)
-        mixed: Tensor = weights_BK[:, None] @ out.unflatten(1, (self.experts, -1))
-        return mixed.squeeze(1)
 
 
 class PromptStack(nn.Module):

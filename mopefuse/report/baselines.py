@@ -15,8 +15,8 @@ from statistics import fmean
 
 import torch
 
+from mopefuse.config.encoder_sides import specs
 from mopefuse.config.schema import RunConfig
-from mopefuse.config.sides import specs
 from mopefuse.data.base import DataSet
 from mopefuse.errors import MopefuseError
 from mopefuse.metrics import classification as metrics

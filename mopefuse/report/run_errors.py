@@ -8,7 +8,7 @@ from typing import Any
 
 from mopefuse.core.formatting import percent
 from mopefuse.metrics import classification as metrics
-from mopefuse.metrics.losses import label_loss
+from mopefuse.metrics.label_loss import label_loss
 from mopefuse.report.bars import bars, heat_map, reliability
 from mopefuse.report.chart import readable, shorten
 from mopefuse.report.data_preview import draw

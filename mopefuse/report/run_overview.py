@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mopefuse.config.sides import is_comp
+from mopefuse.config.encoder_sides import is_comp
 from mopefuse.core.formatting import percent
 from mopefuse.report.bars import bars
 from mopefuse.report.chart import shorten

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from mopefuse.config.defaults import defaults_of
+from mopefuse.config.method_defaults import defaults_of
 from mopefuse.config.schema import RunConfig
 from mopefuse.config.setting_paths import flatten, merge, nest
 

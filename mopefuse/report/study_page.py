@@ -18,7 +18,7 @@ from mopefuse.report.settings import changed_settings, format_setting
 from mopefuse.report.study_data import StudyFacts
 from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.compare import Comparison
-from mopefuse.training.optim import with_learning_rates
+from mopefuse.training.optimizer import with_learning_rates
 
 _OF_ENCODERS = frozenset({"prompts.init", "pmf.bottleneck", "tune"})  # filled in from encoders, which are not loaded here
 

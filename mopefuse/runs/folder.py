@@ -25,7 +25,7 @@ from mopefuse.core.atomic_files import disk_error, remove_leftovers, write_atomi
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode, ResourceCode
 from mopefuse.core.folder_lock import FolderLock
 from mopefuse.errors import CheckpointError, ConfigError, ResourceError
-from mopefuse.runs.manifest import check_facts
+from mopefuse.runs.check_facts import check_facts
 
 KIND, CHECKPOINT, START = "run", "checkpoint", "start"
 _PROBE = ".writable"  # name of a file that is created to see whether the folder is writable

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from mopefuse.config.encoder_sides import Comp, specs, specs_by_side, with_specs
 from mopefuse.config.recipe import changed_data
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.config.schema import RunConfig
-from mopefuse.config.sides import Comp, specs, specs_by_side, with_specs
 from mopefuse.core import device as devices
 from mopefuse.core.error_codes import CheckpointCode, DataCode
 from mopefuse.core.tensor_files import read_tensors
@@ -75,7 +75,7 @@ def open_run(
         split: None for the test split, or the validation split if there is no test split.
         data: another data set with the same labels; None for the run's own.
         layout: settings of the section `data` that differ for these data, see `with_data_path`.
-        main, comp: other specs of the same encoders, see `mopefuse.config.sides.specs_by_side`.
+        main, comp: other specs of the same encoders, see `mopefuse.config.encoder_sides.specs_by_side`.
         advance: progress of checking the files of a data set that was not checked before.
 
     Raises:
@@ -119,7 +119,7 @@ def load_model(
     """The model of a run or an adapter with the weights of one of its checkpoints, on `device`.
 
     Args:
-        main, comp: other specs of the same encoders, see `mopefuse.config.sides.specs_by_side`.
+        main, comp: other specs of the same encoders, see `mopefuse.config.encoder_sides.specs_by_side`.
 
     Raises:
         CheckpointError: the encoders differ from those that the run was trained with, or its files do not match each other.

@@ -11,8 +11,8 @@ from mopefuse.core import cache
 from mopefuse.core.artifact import MANIFEST, listed_files, read_json, verify
 from mopefuse.core.error_codes import CheckpointCode, EncoderCode, ResourceCode
 from mopefuse.errors import CheckpointError, EncoderError, ResourceError
-from mopefuse.runs.adapter import KIND as ADAPTER
-from mopefuse.runs.adapter import AdapterFolder
+from mopefuse.runs.adapter_folder import KIND as ADAPTER
+from mopefuse.runs.adapter_folder import AdapterFolder
 from mopefuse.runs.folder import RunFolder
 
 PREFIX = "hf-hub:"

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from mopefuse import __version__
+from mopefuse.config.encoder_sides import specs
 from mopefuse.config.schema import WITHOUT_EFFECT
-from mopefuse.config.sides import specs
 from mopefuse.core.artifact import FORMAT, dump_json, read_json
 from mopefuse.core.atomic_files import remove_leftovers, write_atomically
 from mopefuse.core.error_codes import ConfigCode, ResourceCode

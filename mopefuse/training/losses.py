@@ -11,7 +11,7 @@ from torch import Tensor
 from mopefuse.data.base import Batch
 from mopefuse.fusion.output import Output, SideOutputs
 from mopefuse.fusion.qmf import ranking_loss
-from mopefuse.metrics.losses import label_loss
+from mopefuse.metrics.label_loss import label_loss
 
 
 def classification_loss(output: Output, batch: Batch, *, multi_label: bool, weights: Tensor | None = None) -> Tensor:
@@ -20,7 +20,7 @@ def classification_loss(output: Output, batch: Batch, *, multi_label: bool, weig
     The logits of the complementary side alone (`Output.alone_BN`), if a method has them, add a loss of the same form.
 
     Args:
-        weights: class weights of `mopefuse.metrics.losses.balanced_weights`.
+        weights: class weights of `mopefuse.metrics.label_loss.balanced_weights`.
     """
     assert batch.targets is not None
     loss = label_loss(output.logits_BN, batch.targets, multi_label=multi_label, weights=weights).sum()
@@ -36,7 +36,7 @@ def side_loss(
 
     Args:
         rank_weight: weight of `mopefuse.fusion.qmf.ranking_loss`.
-        weights: class weights of `mopefuse.metrics.losses.balanced_weights`.
+        weights: class weights of `mopefuse.metrics.label_loss.balanced_weights`.
     """
     targets = batch.targets
     assert targets is not None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from mopefuse.config.encoder_sides import is_comp
 from mopefuse.config.schema import RunConfig
-from mopefuse.config.sides import is_comp
 from mopefuse.data.base import DataSet
 from mopefuse.fusion.base import Fusion
 

@@ -19,10 +19,10 @@ from mopefuse.fusion.build import build_model, check_names, full_specs, require_
 from mopefuse.modalities.base import get_modality
 from mopefuse.training.listener import Listener
 from mopefuse.training.losses import classification_loss
-from mopefuse.training.manifest import run_facts
 from mopefuse.training.notices import likely_mistakes
-from mopefuse.training.optim import with_learning_rates
-from mopefuse.training.prefix_cache import require_prefixes
+from mopefuse.training.optimizer import with_learning_rates
+from mopefuse.training.run_facts import run_facts
+from mopefuse.training.start_layer import require_prefixes
 
 
 @dataclass(frozen=True)

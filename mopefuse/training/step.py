@@ -23,7 +23,7 @@ class Backward:
     """Accumulates the gradients of a global batch in the parameters of a model, on every process.
 
     Args:
-        model: on `device`. weights: class weights, see `mopefuse.metrics.losses.balanced_weights`.
+        model: on `device`. weights: class weights, see `mopefuse.metrics.label_loss.balanced_weights`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Change an encoder, the data or both of a trained run, and keep what was learned (`mopefuse.training.inherit`)."""
+"""Change an encoder, the data or both of a trained run, and keep what was learned (`mopefuse.training.transfer_weights`)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from mopefuse.config.encoder_sides import Comp, specs_by_side, with_specs
 from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.config.setting_paths import merge
-from mopefuse.config.sides import Comp, specs_by_side, with_specs
 from mopefuse.core import distributed
 from mopefuse.core.artifact import dump_json
 from mopefuse.core.atomic_files import write_atomically
@@ -25,11 +25,11 @@ from mopefuse.fusion.build import build_model, check_names
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import Loaded, load_model, with_data_path
 from mopefuse.runs.locate import find_run
-from mopefuse.training.inherit import Inherited, inherit
 from mopefuse.training.listener import Listener
 from mopefuse.training.plan import resolved
 from mopefuse.training.train import train
 from mopefuse.training.trainer import Start
+from mopefuse.training.transfer_weights import Transferred, transfer_weights
 
 CPU = torch.device("cpu")
 
@@ -44,22 +44,22 @@ class Swap:
         encoders: specs of the new model, by side.
     """
 
-    inherited: tuple[Inherited, ...]
+    transferred: tuple[Transferred, ...]
     metrics: dict[str, dict[str, dict[str, float] | None]]
     encoders: dict[str, str]
 
     @property
     def share_kept(self) -> float:
         """The share of the new model's trainable values that come from the trained run."""
-        total = sum(math.prod(entry.shape) for entry in self.inherited)
-        return sum(entry.kept for entry in self.inherited) / max(1, total)
+        total = sum(math.prod(entry.shape) for entry in self.transferred)
+        return sum(entry.kept for entry in self.transferred) / max(1, total)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as in ``swap.json``."""
         return {
             "encoders": self.encoders,
             "share_kept": self.share_kept,
-            "tensors": [{**entry._asdict(), "shape": list(entry.shape)} for entry in self.inherited],
+            "tensors": [{**entry._asdict(), "shape": list(entry.shape)} for entry in self.transferred],
             "metrics": self.metrics,
         }
 
@@ -111,14 +111,14 @@ def swap_encoder(
             if before != now:
                 listener.on_notice(f"the {side} encoder read {before}, and the new one reads {now}")
         # 2. The weights that the new model inherits.
-        state, inherited = inherit(old.model, model, old.manifest["labels"], labels)
-        start = Start(state, tuple(entry.name for entry in inherited if entry.fate == "new"), warm_up)
+        state, transferred = transfer_weights(old.model, model, old.manifest["labels"], labels)
+        start = Start(state, tuple(entry.name for entry in transferred if entry.fate == "new"), warm_up)
         # 3. Training, and what it is compared with.
         known = source.result().get("metrics") if data is None else None
         metrics = {"before": known} if known else {}
         metrics |= _train_and_compare(config, out, start, epochs, scratch=scratch, listener=listener)
         encoders = {side: str(model.encoder(side).spec) for side in model.uses}
-        swap = Swap(inherited=tuple(inherited), metrics=metrics, encoders=encoders)
+        swap = Swap(transferred=tuple(transferred), metrics=metrics, encoders=encoders)
         facts = dump_json({"from": str(run), **swap.as_dict()})
         distributed.run_on_main(lambda: write_atomically(out / "swap.json", facts))
         return swap

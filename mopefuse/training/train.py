@@ -26,10 +26,10 @@ from mopefuse.metrics import classification as metrics
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import check_encoders
 from mopefuse.training.listener import Listener
-from mopefuse.training.manifest import drawn_ids, versions
 from mopefuse.training.plan import Prepared, prepare
-from mopefuse.training.prefix_cache import PrefixTables, prepare_prefixes
 from mopefuse.training.resume import resumed
+from mopefuse.training.run_facts import drawn_ids, versions
+from mopefuse.training.start_layer import PrefixTables, prepare_prefixes
 from mopefuse.training.stop_request import StopRequest
 from mopefuse.training.trainer import Start, Trainer
 from mopefuse.training.warm_start import baselines_at_start, initial_state

@@ -29,16 +29,16 @@ from mopefuse.evaluation.scoring import Evaluation, score, score_tuned
 from mopefuse.evaluation.split import model_outputs, prepare_samples
 from mopefuse.fusion.base import Fusion
 from mopefuse.metrics import classification as metrics
-from mopefuse.metrics.losses import balanced_weights
-from mopefuse.metrics.noise import exceeds_noise
+from mopefuse.metrics.label_loss import balanced_weights
 from mopefuse.metrics.quality_gates import selected_metric
+from mopefuse.metrics.significance import exceeds_noise
 from mopefuse.prompts.usage import statistics
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import get_thresholds
 from mopefuse.training.duration import Duration, evaluation_steps
 from mopefuse.training.listener import Listener, Progress
-from mopefuse.training.optim import factor, load_optimizer_state, make_optimizer, optimizer_state, set_learning_rate
-from mopefuse.training.prefix_cache import SPLITS, PrefixTables
+from mopefuse.training.optimizer import factor, load_optimizer_state, make_optimizer, optimizer_state, set_learning_rate
+from mopefuse.training.start_layer import SPLITS, PrefixTables
 from mopefuse.training.step import Backward
 from mopefuse.training.stop_request import StopRequest
 

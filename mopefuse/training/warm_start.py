@@ -16,7 +16,7 @@ from mopefuse.core import distributed
 from mopefuse.core.artifact import dump_json, read_json
 from mopefuse.core.atomic_files import write_atomically
 from mopefuse.data.collate import FeatureTable
-from mopefuse.data.features import split_features
+from mopefuse.data.feature_cache import split_features
 from mopefuse.fusion.regression import FitSettings, Fold, standard_state
 from mopefuse.training.trainer import Start, Trainer
 

@@ -18,7 +18,7 @@ import torch
 import transformers
 from PIL import Image
 
-from mopefuse.data import digit_questions as digits
+from mopefuse.data.sets import digit_questions as digits
 from mopefuse.encoders import create_encoder
 
 RATE = 16000

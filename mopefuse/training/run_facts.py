@@ -11,7 +11,7 @@ from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import SPLITS, DataSet
 from mopefuse.encoders import description
 from mopefuse.fusion.base import Fusion
-from mopefuse.fusion.manifest import model_facts
+from mopefuse.fusion.model_facts import model_facts
 
 
 def run_facts(config: RunConfig, data: DataSet, model: Fusion) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from mopefuse.core import cache, distributed
 from mopefuse.core import device as devices
 from mopefuse.data.base import DataSet
 from mopefuse.data.collate import Key, Samples
-from mopefuse.data.feature_store import FeatureStore, Found, Mapped, Values
+from mopefuse.data.feature_shards import FeatureStore, Found, Mapped, Values
 from mopefuse.encoders.base import Encoder, Inputs
 from mopefuse.encoders.frozen import encode_pooled
 from mopefuse.modalities.base import get_modality

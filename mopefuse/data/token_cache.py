@@ -19,8 +19,8 @@ from mopefuse.core import cache, distributed
 from mopefuse.core.formatting import size
 from mopefuse.core.precision import normalize_feature
 from mopefuse.data.base import DataSet
-from mopefuse.data.feature_store import FeatureStore, Values
-from mopefuse.data.features import Advance, Computation, Numbers, encoder_key
+from mopefuse.data.feature_cache import Advance, Computation, Numbers, encoder_key
+from mopefuse.data.feature_shards import FeatureStore, Values
 from mopefuse.data.ragged import RaggedTable, collect, estimate, pad
 from mopefuse.encoders.base import Encoder, Inputs
 from mopefuse.encoders.frozen import encode_tokens

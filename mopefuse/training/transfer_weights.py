@@ -16,14 +16,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mopefuse.config.sides import is_comp
+from mopefuse.config.encoder_sides import is_comp
 from mopefuse.encoders.base import Encoder
 from mopefuse.fusion.base import Fusion
 
 Fate = Literal["kept", "projected", "new"]
 
 
-class Inherited(NamedTuple):
+class Transferred(NamedTuple):
     """The origin of one tensor of the new model.
 
     Args:
@@ -36,16 +36,16 @@ class Inherited(NamedTuple):
     kept: int
 
 
-def inherit(
+def transfer_weights(
     old: Fusion, new: Fusion, old_labels: Sequence[str], new_labels: Sequence[str]
-) -> tuple[dict[str, Tensor], list[Inherited]]:
+) -> tuple[dict[str, Tensor], list[Transferred]]:
     """The trainable state of the new model, with all tensors of the old one that keep their meaning, and each one's origin.
 
     The method defines what the meaning of a tensor depends on (`Fusion.dependencies`).
     """
     known, heads = old.trainable_state_dict(), _Heads(old, new, old_labels, new_labels)
     state: dict[str, Tensor] = {}
-    inherited = []
+    transferred = []
     for name, tensor in new.trainable_state_dict().items():
         value, kept = tensor.clone(), 0
         if name.partition(".")[0] in new.heads:
@@ -55,8 +55,8 @@ def inherit(
             kept = value.numel()
         fate: Fate = "new" if not kept else "kept" if kept == value.numel() else "projected"
         state[name] = value
-        inherited.append(Inherited(name=name, shape=tuple(tensor.shape), fate=fate, kept=kept))
-    return state, inherited
+        transferred.append(Transferred(name=name, shape=tuple(tensor.shape), fate=fate, kept=kept))
+    return state, transferred
 
 
 def same_geometry(one: Encoder, other: Encoder) -> bool:

@@ -12,7 +12,7 @@ from mopefuse.core import cache, distributed
 from mopefuse.core.error_codes import ConfigCode, NumericCode, ResourceCode
 from mopefuse.core.formatting import size
 from mopefuse.data.base import DataSet
-from mopefuse.data.prefixes import Prefixes, estimate_prefixes, split_prefixes
+from mopefuse.data.prefix_cache import Prefixes, estimate_prefixes, split_prefixes
 from mopefuse.errors import ConfigError, MopefuseError, ResourceError
 from mopefuse.fusion.base import Fusion
 from mopefuse.modalities.base import get_modality

@@ -1,6 +1,6 @@
 """The tokens that enter a later layer of a frozen encoder are cached, so that training need not run the layers before it.
 
-They are kept by content like features (`mopefuse.data.features`), one store for each encoder, layer and number format, and
+They are kept by content like features (`mopefuse.data.feature_cache`), one store for each encoder, layer and number format, and
 without padding. Several processes share the computation and use the same values.
 
 Shapes: S samples of the split, U different values, B batch, L tokens, D width of the layer.
@@ -18,8 +18,8 @@ from torch import Tensor
 from mopefuse.config.schema import RunConfig
 from mopefuse.core.error_codes import NumericCode, ResourceCode
 from mopefuse.data.base import DataSet
-from mopefuse.data.feature_store import FeatureStore, Values
-from mopefuse.data.features import Advance, Computation, Numbers, encoder_key
+from mopefuse.data.feature_cache import Advance, Computation, Numbers, encoder_key
+from mopefuse.data.feature_shards import FeatureStore, Values
 from mopefuse.data.ragged import Estimate, RaggedTable, collect, estimate, pad
 from mopefuse.encoders.base import Encoder, Inputs
 from mopefuse.encoders.frozen import can_continue, encode_prefixes, token_counts

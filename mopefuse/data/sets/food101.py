@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from mopefuse.core.error_codes import DataCode
-from mopefuse.data._food101_text import OddRow, clean, read_title
 from mopefuse.data._source_files import SourceFolder
 from mopefuse.data.prepare import Option, Sample, Skip, Source
+from mopefuse.data.sets._food101_text import OddRow, clean, read_title
 from mopefuse.errors import DataError
 
 _ON_DISK = "files found on disk"

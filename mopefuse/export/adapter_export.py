@@ -13,20 +13,20 @@ import torch
 
 from mopefuse.config.recipe import to_yaml
 from mopefuse.config.schema import RunConfig
+from mopefuse.core.argument_names import python_names
 from mopefuse.core.artifact import dump_json, publish
 from mopefuse.core.atomic_files import check_parent, remove_leftovers
 from mopefuse.core.error_codes import ConfigCode, EncoderCode, NumericCode
-from mopefuse.core.python_names import python_names
 from mopefuse.core.tensor_files import write_tensors
 from mopefuse.data.columns import sort_modalities
 from mopefuse.errors import ConfigError, EncoderError, NumericError
 from mopefuse.export.model_card import model_card
 from mopefuse.fusion.base import Fusion, unsaved_fingerprints
 from mopefuse.fusion.build import full_specs, load_encoder
-from mopefuse.fusion.manifest import model_facts
+from mopefuse.fusion.model_facts import model_facts
 from mopefuse.inference.bundle import KIND as BUNDLE
 from mopefuse.metrics.classification import THRESHOLD
-from mopefuse.runs import adapter
+from mopefuse.runs import adapter_folder
 from mopefuse.runs.locate import kind_of
 
 
@@ -79,7 +79,7 @@ def save_adapter(
             "total": sum(parameter.numel() for parameter in model.parameters()),
         },
     }
-    publish(folder, lambda target: write_adapter(target, model, config, facts, name=folder.name), {"kind": adapter.KIND})
+    publish(folder, lambda target: write_adapter(target, model, config, facts, name=folder.name), {"kind": adapter_folder.KIND})
     return folder
 
 
@@ -96,7 +96,7 @@ def write_adapter(
     """Write the files of an adapter.
 
     Args:
-        config: the configuration, without the location of the data. facts: see `mopefuse.runs.manifest`.
+        config: the configuration, without the location of the data. facts: see `mopefuse.runs.check_facts`.
         name: title of the model card. half: whether to store 16-bit floats.
         command: the command that made the adapter, for the model card.
 
@@ -112,7 +112,7 @@ def write_adapter(
             raise ConfigError(ConfigCode.VALUES_EXCEED_HALF_PRECISION, what, where="--half", fix="remove it")
     write_tensors(folder / "weights.safetensors", state)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    (folder / adapter.FACTS).write_text(dump_json(facts), encoding="utf-8")
+    (folder / adapter_folder.FACTS).write_text(dump_json(facts), encoding="utf-8")
     card = model_card(facts, title=name, form="adapter", command=command)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -125,7 +125,7 @@ def require_free(out: Path, overwrite: bool) -> None:
     """
     check_parent(out)
     taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-    replaceable = out.is_dir() and kind_of(out) in (BUNDLE, adapter.KIND)
+    replaceable = out.is_dir() and kind_of(out) in (BUNDLE, adapter_folder.KIND)
     if taken and not (overwrite and replaceable):
         fix = "choose another --out" + (", or add --overwrite" if replaceable else "")
         raise ConfigError(ConfigCode.RUN_FOLDER_NOT_EMPTY, f"{out} is not empty", where="--out", fix=fix)

@@ -16,8 +16,8 @@ from mopefuse.core import registry
 from mopefuse.core.artifact import check_manifest, read_json, verify
 from mopefuse.core.error_codes import CheckpointCode
 from mopefuse.errors import CheckpointError
+from mopefuse.runs.check_facts import check_facts
 from mopefuse.runs.folder import RunFolder
-from mopefuse.runs.manifest import check_facts
 
 KIND = "adapter"
 FACTS = "model.json"

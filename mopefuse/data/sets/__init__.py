@@ -1,0 +1,1 @@
+"""Data sets that mopefuse prepares or generates, one file each."""
