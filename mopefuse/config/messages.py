@@ -60,14 +60,14 @@ def help_text(field: FieldInfo, *, default: bool = True, of_method: Any = None) 
         of_method: the default of the method conditional, if it has its own.
     """
     text = field.description or ""
-    example = f", such as {field.examples[0]}" if field.examples else ""
     value = field.get_default() if of_method is None else "on" if of_method is True else of_method
     shown = default and isinstance(value, int | float | str) and not isinstance(value, bool) and value != ""
-    facts = [*([f"default: {value}"] if shown else []), *bounds(field)]
+    facts = [f"example: {example}" for example in (field.examples or [])[:1]]
+    facts += [*([f"default: {value}"] if shown else []), *bounds(field)]
     if command_line_type(field) == list[str]:
         facts.append("repeatable")
     stop = "" if text.endswith(".") else "."
-    return f"{text[:1].upper()}{text[1:]}{example}{stop}{_bracketed(facts)}"
+    return f"{text[:1].upper()}{text[1:]}{stop}{_bracketed(facts)}"
 
 
 def _bracketed(facts: list[str]) -> str:

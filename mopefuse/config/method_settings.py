@@ -24,9 +24,12 @@ class Flamingo(Section):
     heads: int = Field(4, ge=1, le=256, description="attention heads")
     hidden: int = Field(256, ge=1, le=WIDEST, description="hidden width of the feed-forward networks")
     resampled: int = Field(
-        16, ge=0, le=MOST_TOKENS, description="tokens to which those of each complementary encoder are reduced; 0: all are used"
+        16,
+        ge=0,
+        le=MOST_TOKENS,
+        description="number of learned queries of the resampler, for each complementary encoder; 0: no resampling",
     )
-    resampler_layers: int = Field(1, ge=1, le=64, description="layers of the resampler that does so")
+    resampler_layers: int = Field(1, ge=1, le=64, description="number of layers of the resampler")
     dropout: float = Field(
         0.1, ge=0, lt=1, description="dropout on attention and in the feed-forward networks, in training"
     )
@@ -41,8 +44,8 @@ class Flamingo(Section):
 class Inserted(Section):
     """Tokens that some methods insert in front of the main encoder's own."""
 
-    prompts: int = Field(20, ge=0, le=MOST_TOKENS, description="learned tokens of promptfuse and blindprompt")
-    images: int = Field(4, ge=1, le=MOST_TOKENS, description="tokens that mmbt and p-mmbt make from an image")
+    prompts: int = Field(20, ge=0, le=MOST_TOKENS, description="number of learned tokens of promptfuse and blindprompt")
+    images: int = Field(4, ge=1, le=MOST_TOKENS, description="number of tokens that mmbt and p-mmbt make from an image")
 
 
 class Interactive(Section):
@@ -73,7 +76,7 @@ class MLP(Section):
 class CrossAttention(Section):
     """Attention of comp's features to the main encoder's output tokens (method cross-attention)."""
 
-    queries: int = Field(4, ge=1, le=MOST_TOKENS, description="queries; each reads the tokens with an offset of its own")
+    queries: int = Field(4, ge=1, le=MOST_TOKENS, description="number of queries, each with a learned offset")
     width: int = Field(128, ge=1, le=WIDEST, description="width of queries, keys and values; a multiple of heads")
     heads: int = Field(4, ge=1, le=256, description="attention heads")
     dropout: float = Field(

@@ -41,15 +41,17 @@ class Prompts(Section):
         "pooled", description="what the mapped prompt is computed from: comp's pooled feature, or its output tokens"
     )
     condition_tokens: int = Field(
-        8, ge=0, le=_MOST_TOKENS, description="tokens that comp's output tokens are reduced to, if condition is tokens; 0: all"
+        8, ge=0, le=_MOST_TOKENS, description="with condition=tokens: learned queries that read comp's tokens; 0: use all tokens"
     )
     experts: int = Field(16, ge=1, le=_MOST_TOKENS, description="prompt experts per layer (K)")
-    film: bool = Field(False, description="also scale and shift what each prompted layer reads (FiLM), computed from comp")
+    film: bool = Field(
+        False, description="also scale and shift the attention input of each prompted layer (FiLM), computed from comp"
+    )
     film_mixture: int = Field(
-        1, ge=1, le=256, description="experts that a softmax mixes to the scale and shift of each layer; 1 for no mixture"
+        1, ge=1, le=256, description="linear maps that a softmax mixes into the scale and shift of each layer; 1: a single map"
     )
     layers: Layers = Field(
-        "all", description="layers to prompt: all, first:N, last:N, last:1/N for a fraction, or indices from 0 such as 0,3,5"
+        "all", description="layers to prompt: all, first:N, last:N, last:1/N for a fraction, or indices such as 0,3,5 (from 0)"
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout on prompts, in training")
     token_dropout: float | None = Field(
@@ -83,7 +85,7 @@ class Prompts(Section):
         if isinstance(value, str) and not re.fullmatch(r"all|(first|last):(1/)?[1-9]\d{0,3}", value, re.ASCII):
             raise ValueError("all, first:N, last:N, last:1/N, or a list of indices from 0")
         if not isinstance(value, str) and (min(value, default=-1) < 0 or len(set(value)) < len(value)):
-            raise ValueError("different indices from 0")
+            raise ValueError("distinct indices, with 0 for the first layer")
         return value
 
 
@@ -100,14 +102,18 @@ class Router(Section):
     noise: bool = Field(True, description="add noise to the routing scores in training, with standard deviation 1/K")
     noise_in_eval: bool = Field(False, description="add the noise in evaluation too, as the papers' released code does")
     importance_weight: float = Field(0.01, ge=0, description="weight of the importance loss")
-    importance_threshold: float = Field(0.1, ge=0, description="squared variation up to which the expert load is balanced")
+    importance_threshold: float = Field(
+        0.1, ge=0, description="squared coefficient of variation up to which the expert load counts as balanced"
+    )
 
 
 class CompTuning(Section):
     """What is trained in the complementary encoder."""
 
     mode: Literal["frozen", "prompts", "lora", "full"] = Field(
-        "frozen", description="how the complementary encoder is trained: not at all, by static prompts, by LoRA, or fully"
+        "frozen",
+        description="how conditional trains the complementary encoder: not at all (frozen), with static prompts (prompts), with "
+        "LoRA (lora) or fully (full)",
     )
     length: int = Field(4, ge=1, le=_MOST_TOKENS, description="tokens of each static prompt, if mode is prompts")
 
@@ -130,7 +136,7 @@ class Linear(Section):
         "concat", description="features of both encoders (concat) or one; average: mean prediction of one regression each"
     )
     strengths: tuple[Annotated[float, Field(ge=1e-10, le=1e10)], ...] = Field(
-        (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), min_length=1, max_length=100, description="inverse regularisation C to try"
+        (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), min_length=1, max_length=100, description="values of C to try, the inverse of the regularisation strength"
     )
     max_iter: int = Field(300, ge=1, le=100_000, description="maximum iterations for each C")
 
@@ -140,7 +146,7 @@ COLUMN_SETTINGS = {"text": "text_col", "image": "img_col"}
 
 
 class Data(Section):
-    """Where the data are and how they are read."""
+    """Location and format of the data."""
 
     path: str | None = Field(
         None, description="folder with train, val and test tables (.jsonl, .csv, ...) or folders of images, or one table"
@@ -155,13 +161,17 @@ class Data(Section):
         None, min_length=1, description="modalities to read; default: those that have a column, else text and image"
     )
     on_missing: Literal["error", "skip", "absent"] = Field(
-        "error", description="rows that lack a modality: stop (error), leave them out (skip), or keep them (absent)"
+        "error",
+        description="rows that lack a modality: stop (error), leave them out (skip), or keep them (absent); with skip and "
+        "absent, an empty text counts as missing",
     )
     label_col: str = Field("label", min_length=1, description="column with the label, or the list of labels")
     id_col: str = Field("id", min_length=1, description="column with the id; rows without one are numbered")
     split_col: str | None = Field(None, description="column with the split of each row, if all splits are in one table")
     label_sep: str | None = Field(
-        None, min_length=1, description="separator of labels in a cell, or list for cells like [a, b]; for multi-label data"
+        None,
+        min_length=1,
+        description="separator between labels in a cell, or the word list if cells look like [a, b]; makes the data multi-label",
     )
     labels: str | None = Field(
         None, description="file with all labels, one per line; default: labels.txt in the data folder, or the labels of train"
@@ -172,10 +182,10 @@ class Data(Section):
     test_fraction: float | None = Field(None, gt=0, lt=1, description="fraction of train to hold out as test, per class")
     shots: int | None = Field(None, ge=1, le=_MANY, description="train on only this many rows per class")
     fraction: float | None = Field(None, gt=0, le=1, description="train on only this fraction of each class")
-    seed: int = Field(0, ge=0, lt=2**63, description="random seed for the rows that are held out or drawn")
+    seed: int = Field(0, ge=0, lt=2**63, description="random seed for held-out and sampled rows")
     on_bad: Literal["error", "skip"] = Field("error", description="rows or images that cannot be read: stop, or skip them")
     max_bad_fraction: float = Field(0.01, ge=0, lt=1, description="largest fraction of a split that on_bad=skip may leave out")
-    allow_missing_text: bool = Field(False, description="treat a null text as an empty one")
+    allow_missing_text: bool = Field(False, description="treat a null text as an empty string")
     strict: bool = Field(False, description="stop with an error if images or texts of train are also in val or test")
     workers: int = Field(0, ge=0, le=256, description="processes that load the data; 0 loads in the main process")
     augment: Literal["none", "flip", "randaugment", "crop"] = Field(
@@ -187,7 +197,9 @@ class Data(Section):
     cache_images: bool = Field(False, description="cache decoded, resized images in one file that all runs share")
     cache_features: bool = Field(True, description="cache features of frozen encoders and reuse them in all runs")
     cache_prefix: Literal["auto", "on", "off"] = Field(
-        "auto", description="cache what enters the first prompted layer and train from there; auto: if it fits into the limit"
+        "auto",
+        description="cache the input of the first prompted layer and start training from there; auto: only if it fits within "
+        "data.cache_prefix_limit",
     )
     cache_prefix_limit: float = Field(
         20.0, gt=0, description="maximum GiB of that cache, and of cached condition tokens; at most half of the free space"
@@ -227,7 +239,7 @@ class Train(Section):
 
     epochs: int = Field(10, ge=0, le=_MANY, description="passes over the training data")
     max_steps: int | None = Field(
-        None, ge=1, le=_MANY, description="stop after this many optimiser steps, even if epochs allows more"
+        None, ge=1, le=_MANY, description="stop after this many optimiser steps, even if the epochs would allow more"
     )
     batch_size: int = Field(32, ge=1, le=_MANY, description="samples per optimiser step, summed over all processes")
     accumulate: int = Field(
@@ -236,14 +248,16 @@ class Train(Section):
     lr: float | None = Field(
         None,
         gt=0,
-        description="learning rate; mlp, cross-attention, qmf, flamingo: 1e-3; other methods and compat: 4e-4 if main reads "
-        "images, else 5e-4",
+        description="learning rate; default: 2e-3 for conditional without compat; 1e-3 for mlp, cross-attention, qmf and "
+        "flamingo; otherwise 4e-4 if main takes images, else 5e-4",
     )
     lr_comp: float | None = Field(
         None, gt=0, description="learning rate of a trained complementary encoder; default: lr, or lr_tuned if fully tuned"
     )
     lr_tuned: float = Field(2e-5, gt=0, description="learning rate of a fully tuned main encoder")
-    lr_head: float | None = Field(None, gt=0, description="learning rate of the head; default: lr, or lr/50 after a warm start")
+    lr_head: float | None = Field(
+        None, gt=0, description="learning rate of the head; other methods: lr; compat: lr, or lr/50 after a warm start"
+    )
     weight_decay: float = Field(1e-3, ge=0, description="weight decay of AdamW")
     clip: float = Field(1.0, gt=0, description="maximum norm of the gradient")
     schedule: Literal["paper", "cosine", "one-cycle", "constant"] = Field(
@@ -274,10 +288,13 @@ class Train(Section):
 class RunConfig(Section):
     """All settings of a run."""
 
-    main: str = Field(description="main encoder: it is prompted, and its output is classified", examples=["timm:vit_base"])
+    main: str = Field(
+        description="main encoder: it is prompted, and its output is classified; comp-only needs none",
+        examples=["timm:vit_base"],
+    )
     comp: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         union_mode="left_to_right",
-        description="complementary encoder: its features condition the prompts",
+        description="complementary encoder: its features condition the prompts; main-only needs none",
         examples=["hf:bert-base"],
     )
     method: str = Field("conditional", description="fusion method: conditional, linear, mlp, main-only, ...")
@@ -297,16 +314,18 @@ class RunConfig(Section):
     head_features: Literal["main", "all"] = Field(
         "main",
         description="what the head of conditional or flamingo classifies: the pooled feature of main, as in the papers, or "
-        "all pooled features side by side",
+        "all pooled features, concatenated",
     )
     warm_start: Literal["none", "linear", "auto"] = Field(
         "none",
-        description="start as the best of several simple models of the frozen features (auto), as logistic regression on all "
-        "of them (linear), or from scratch (none)",
+        description="what step 0 is: the best of several simple models of the frozen features (auto), logistic regression on "
+        "all of them (linear), or an untrained model (none)",
     )
     either: bool = Field(False, description="also train a head that predicts rows without the main modality")
     tune: Literal["probe", "prompt", "lora", "full"] | None = Field(
-        None, description="how methods except conditional train their encoders: not (probe), by prompts, by LoRA, or fully"
+        None,
+        description="how methods other than conditional train their encoders: not at all (probe), with static prompts (prompt), "
+        "with LoRA (lora) or fully (full)",
     )
     prompts: Prompts = Prompts()
     router: Router = Router()
