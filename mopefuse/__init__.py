@@ -60,7 +60,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
 ) -> FitResult:
-    """Find the best model for a table, as ``mopefuse fit`` does; ``.run`` is a run folder, ``.headline`` what earned what.
+    """Find the best model for a table, as ``mopefuse fit`` does; ``.run`` is a run folder, ``.headline`` one line of scores.
 
     Args:
         data: folder or table; columns, splits and encoders are found if they are not named.

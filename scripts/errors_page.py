@@ -71,12 +71,12 @@ Codes are stable: their meaning does not change, and numbers are never reused.
 | 2 | the command line is invalid |
 | 3 | the configuration is invalid: a recipe, a flag, `--set`, the run folder |
 | 4 | the data are invalid: a split, a row, an image |
-| 5 | an encoder is unknown, unreachable or unsuitable |
+| 5 | an encoder cannot be used, or a required package is missing or incompatible |
 | 6 | a run, checkpoint or weights file is damaged, unsafe, or belongs to other encoders |
 | 7 | out of disk space or memory, or a process was killed |
 | 8 | a value that must be finite is NaN or infinite |
 | 9 | a plugin cannot be used |
-| 10 | a quality gate was not met (`eval --min`) |
+| 10 | a check failed: a quality gate (`eval --min`), or an exported graph that differs from its model |
 | 130, 143 | stopped by Ctrl-C, by SIGTERM; training saves a checkpoint first, and `--resume` continues from it |
 | 141 | the program that reads the output closed the pipe, as `head` does |
 

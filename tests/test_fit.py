@@ -127,7 +127,7 @@ def test_the_leaderboard_has_uncertainty_cost_and_one_choice(fitted: tuple[Path,
     assert "Calibration: temperature" in page and "average of" in page
 
 
-def test_the_report_begins_with_what_earned_what(fitted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_the_report_begins_with_what_each_method_contributed(fitted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     from mopefuse.report.run_report import report
 
     run = shutil.copytree(fitted[0], tmp_path / "run")

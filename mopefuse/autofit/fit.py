@@ -39,7 +39,7 @@ class FitResult:
 
     @property
     def headline(self) -> str:
-        """What each modality and method earned."""
+        """What each modality and method contributed."""
         return self.leaderboard.headline
 
 

@@ -1,4 +1,4 @@
-"""The leaderboard of a fit: what every candidate scored, which one was chosen, and what each modality and method earned."""
+"""The leaderboard of a fit: what every candidate scored, which one was chosen, and what each modality and method contributed."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Leaderboard:
 
     @property
     def headline(self) -> str:
-        """What each modality alone, regressions on all of them, an MLP, and prompts earned."""
+        """What each modality alone, regressions on all of them, an MLP, and prompts contributed."""
         scored = [line for line in self.lines if line.score is not None]
         alone = sorted((line for line in scored if len(line.entry.reads) == 1), key=lambda line: -line.value)
         parts = [f"{reading(line.entry.reads)} {percent(line.value)}{' (selected)' if line.chosen else ''}" for line in alone]
@@ -173,7 +173,7 @@ class Leaderboard:
             verdict = "better" if gain.exceeds(SIMPLER_WITHIN) else "not better beyond noise"
             notes.append(
                 f"The average of {markdown(names)} would score {_plus_minus(gain, signed=True)} against the selected "
-                f"candidate: {verdict}. It is not shipped, because a run holds one model."
+                f"candidate: {verdict}. It is not saved, because a run contains a single model."
             )
         if (found := self.calibration) is not None:
             notes.append(

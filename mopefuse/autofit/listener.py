@@ -78,7 +78,7 @@ class CandidateListener(Listener):
         self._shown.on_validation(progress, found, best=best)
 
     def wants_to_stop(self, progress: Progress, total: int) -> bool:
-        """Whether time is up, or the best validation so far is hopelessly behind at half of the steps."""
+        """Whether time is up, or the best validation so far is clearly worse than the leader at half of the steps."""
         self.reason = self._why_stop(progress, total)
         return bool(self.reason)
 

@@ -1,6 +1,6 @@
-"""Benchmark of conditional prompting with one pair of encoders: time, memory, parameters and size, compared to the floor.
+"""Benchmark of conditional prompting with one pair of encoders: time, memory, parameters and size, compared with a lower bound.
 
-The *floor* is the minimum cost of prompting the main encoder with both encoders frozen: the complementary forward pass, the
+The lower bound, or *floor*, is the minimum cost of prompting the main encoder with both encoders frozen: the complementary forward pass, the
 main forward pass, and the main backward pass down to its first layer, without prompts. All weights and inputs are random;
 times do not depend on their values.
 """

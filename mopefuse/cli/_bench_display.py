@@ -13,7 +13,7 @@ from mopefuse.cli._render import count, err, size, table
 
 def show_pair(pair: PairBench) -> None:
     """Print a table on stdout, and on stderr why values are missing."""
-    columns = ["variant", "step", "samples/s", "of floor", "prediction", "of floor", "memory", "trained", "artefact"]
+    columns = ["variant", "step", "samples/s", "x floor", "prediction", "x floor", "memory", "trained", "artifact"]
     rows = [
         [
             line.name, _time(line.train), _speed(line.train, pair.batch), _ratio(pair, line), _time(line.infer),
@@ -81,7 +81,7 @@ def show_scale(title: str, found: Sequence[Point]) -> None:
     rows = [
         [f"{point.axis} {point.value}", _time(point.step), _time(point.floor), f"{point.ratio:.3f}"] for point in found
     ]
-    table(title, ["", "step", "floor", "of floor"], rows)
+    table(title, ["", "step", "floor", "x floor"], rows)
 
 
 def point_as_dict(point: Point) -> dict[str, Any]:

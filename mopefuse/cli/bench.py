@@ -60,8 +60,8 @@ def bench(
     """Measure time and memory on this machine.
 
     Without a command: time, memory, parameters and size of conditional prompts and of the alternatives, with random weights
-    and inputs. All are compared with the floor, the two frozen encoders without prompts (a forward pass of the complementary
-    encoder, a forward and a backward pass of the main encoder).
+    and inputs. All are compared with a lower bound, the floor: the two frozen encoders without prompts (a forward pass of the
+    complementary encoder, a forward and a backward pass of the main encoder).
 
     \b
     Example:

@@ -29,7 +29,7 @@ def check(
     encoder: Annotated[
         str | None, typer.Option(metavar="SPEC", help="Text encoder whose tokens and truncated texts are counted.")
     ] = None,
-    most: Annotated[int, typer.Option(min=0, max=10**9, help="With --json: list at most N problems; counts cover all.")] = 1000,
+    most: Annotated[int, typer.Option(min=0, max=10**9, help="With --json: list at most N problems; the counts include all of them.")] = 1000,
     fresh: Annotated[bool, typer.Option("--fresh", help="Read every file again instead of using the cache.")] = False,
     set_: SetData = None,
     json: Json = False,
@@ -37,8 +37,8 @@ def check(
 ) -> None:
     """Check a data set before training.
 
-    Reads every row and image, changes nothing, and exits with code 4 if training would reject the data. Warnings are for
-    what training accepts, such as an image that is in train and in test, or labels that look misspelt.
+    Reads every row and image, changes nothing, and exits with code 4 if training would reject the data. Warnings mark
+    problems that training accepts, such as an image that is in both train and test, or labels that look misspelt.
 
     \b
     Example:

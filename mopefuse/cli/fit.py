@@ -26,9 +26,9 @@ def fit(
 ) -> None:
     """Find the best model for a table, within a time budget.
 
-    Columns, splits and encoders are found if they are not named, and printed. Tries logistic regressions, MLPs and conditional
-    prompts, chooses by cross-validation where possible, calibrates the probabilities, and tests once. The folder is an ordinary
-    run, with a leaderboard.
+    Columns and splits that you do not name are detected, and printed; without --main and --comp, a small default pair of
+    encoders is used. Tries logistic regressions, MLPs and conditional prompts, chooses by cross-validation where possible,
+    calibrates the probabilities, and tests once. The folder is an ordinary run, with a leaderboard.
 
     \b
     Example:

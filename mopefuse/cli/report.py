@@ -32,7 +32,7 @@ def report(
         bool, typer.Option("--audit/--no-audit", help="For a run: measure what each modality and the prompts contribute.")
     ] = True,
     against: Annotated[
-        str | None, typer.Option(metavar="ROW", help="For a study: baseline for differences and their significance.")
+        str | None, typer.Option(metavar="ROW", help="For a study: baseline that the other rows are compared with.")
     ] = None,
     metric: Annotated[
         str | None, typer.Option(help="For a study: metric to compare: accuracy, f1_macro, ... Default: that of the study.")

@@ -22,7 +22,7 @@ def study(
         Path | None, typer.Option(metavar="DIR", help="Folder for the runs. Default: studies/<name of the study>.")
     ] = None,
     jobs: Annotated[
-        int, typer.Option(min=1, max=256, help="Runs at the same time, if memory allows. They share the CPU threads.")
+        int, typer.Option(min=1, max=256, help="Number of runs to train at once, if memory allows; they share the CPU threads.")
     ] = 1,
     set_: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and train nothing.")] = False,

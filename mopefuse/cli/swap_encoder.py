@@ -30,7 +30,7 @@ def swap_encoder(
     ] = None,
     epochs: Annotated[int, typer.Option(min=0, max=10**9, help="Train the new run for N epochs; 0: do not train it.")] = 0,
     warm_up: Annotated[
-        int, typer.Option(min=0, max=10**9, help="Train only the new weights in the first N of these epochs.")
+        int, typer.Option(min=0, max=10**9, help="Train only the new weights for the first N of these epochs.")
     ] = 0,
     scratch: Annotated[bool, typer.Option(help="With --epochs, also train a run from scratch and compare.")] = True,
     set_: Set = None,

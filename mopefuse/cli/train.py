@@ -32,9 +32,9 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard logs into the run.")] = False,
     json: Json = False,
 ) -> None:
-    """Train a classifier on two frozen encoders.
+    """Train a classifier on pretrained encoders.
 
-    The best checkpoint on validation is evaluated once on the test split. Encoders are given as SCHEME:NAME[?KEY=VALUE]; see
+    The best checkpoint on validation is evaluated once on the test split. Encoders are written SCHEME:NAME[?KEY=VALUE]; see
     mopefuse encoders. Under torchrun, training is data parallel.
 
     \b
