@@ -1,4 +1,4 @@
-"""The leaderboard of a fit: what every candidate scored, which one was chosen, and what each modality and method contributed."""
+"""The leaderboard of a fit: the score of every candidate, which one was chosen, and what each modality contributed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Benchmark of conditional prompting with one pair of encoders: time, memory, parameters and size, compared with a lower bound.
 
-The lower bound, or *floor*, is the minimum cost of prompting the main encoder with both encoders frozen: the complementary forward pass, the
-main forward pass, and the main backward pass down to its first layer, without prompts. All weights and inputs are random;
-times do not depend on their values.
+The lower bound, or *floor*, is the minimum cost of prompting the main encoder with both encoders frozen: the complementary
+forward pass, the main forward pass, and the main backward pass down to its first layer, without prompts. All weights and
+inputs are random; times do not depend on their values.
 """
 
 from __future__ import annotations

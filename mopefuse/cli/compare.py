@@ -18,7 +18,7 @@ def compare(
         list[Path], typer.Argument(metavar="RUN|STUDY", help="Folders of finished runs, or the folder of one study.")
     ],
     against: Annotated[
-        str | None, typer.Option(metavar="ROW|RUN", help="Baseline: show the difference of each row from it, with its significance.")
+        str | None, typer.Option(metavar="ROW|RUN", help="Baseline: test the difference of each row from it.")
     ] = None,
     metric: Annotated[
         str | None, typer.Option(help="Metric to compare: accuracy, f1_macro, ... Default: that of the study or task.")
@@ -31,8 +31,8 @@ def compare(
     """Compare runs in one table.
 
     Runs that differ only in their seed form one row: mean and standard deviation of metrics, parameters, time and memory.
-    With --against, differences from a baseline are tested with a paired bootstrap. If runs were tested on different data, those of
-    the largest group are compared, and a notice names the others.
+    With --against, differences from a baseline are tested with a paired bootstrap. If runs were tested on different data,
+    those of the largest group are compared, and a notice names the others.
 
     \b
     Example:

@@ -29,7 +29,7 @@ def check(
     encoder: Annotated[
         str | None, typer.Option(metavar="SPEC", help="Text encoder whose tokens and truncated texts are counted.")
     ] = None,
-    most: Annotated[int, typer.Option(min=0, max=10**9, help="With --json: list at most N problems; the counts include all of them.")] = 1000,
+    most: Annotated[int, typer.Option(min=0, max=10**9, help="With --json: list at most N problems, but count all.")] = 1000,
     fresh: Annotated[bool, typer.Option("--fresh", help="Read every file again instead of using the cache.")] = False,
     set_: SetData = None,
     json: Json = False,

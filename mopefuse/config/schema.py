@@ -41,7 +41,7 @@ class Prompts(Section):
         "pooled", description="what the mapped prompt is computed from: comp's pooled feature, or its output tokens"
     )
     condition_tokens: int = Field(
-        8, ge=0, le=_MOST_TOKENS, description="with condition=tokens: learned queries that read comp's tokens; 0: use all tokens"
+        8, ge=0, le=_MOST_TOKENS, description="with condition=tokens: learned queries that read comp's tokens; 0: use them all"
     )
     experts: int = Field(16, ge=1, le=_MOST_TOKENS, description="prompt experts per layer (K)")
     film: bool = Field(
@@ -112,8 +112,8 @@ class CompTuning(Section):
 
     mode: Literal["frozen", "prompts", "lora", "full"] = Field(
         "frozen",
-        description="how conditional trains the complementary encoder: not at all (frozen), with static prompts (prompts), with "
-        "LoRA (lora) or fully (full)",
+        description="how conditional trains the complementary encoder: not at all (frozen), with static prompts (prompts), "
+        "with LoRA (lora) or fully (full)",
     )
     length: int = Field(4, ge=1, le=_MOST_TOKENS, description="tokens of each static prompt, if mode is prompts")
 
@@ -136,7 +136,10 @@ class Linear(Section):
         "concat", description="features of both encoders (concat) or one; average: mean prediction of one regression each"
     )
     strengths: tuple[Annotated[float, Field(ge=1e-10, le=1e10)], ...] = Field(
-        (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), min_length=1, max_length=100, description="values of C to try, the inverse of the regularisation strength"
+        (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
+        min_length=1,
+        max_length=100,
+        description="values of C to try, the inverse of the regularisation strength",
     )
     max_iter: int = Field(300, ge=1, le=100_000, description="maximum iterations for each C")
 
@@ -171,7 +174,7 @@ class Data(Section):
     label_sep: str | None = Field(
         None,
         min_length=1,
-        description="separator between labels in a cell, or the word list if cells look like [a, b]; makes the data multi-label",
+        description="separator between labels in a cell, or the word list if cells look like [a, b]; makes data multi-label",
     )
     labels: str | None = Field(
         None, description="file with all labels, one per line; default: labels.txt in the data folder, or the labels of train"
@@ -324,8 +327,8 @@ class RunConfig(Section):
     either: bool = Field(False, description="also train a head that predicts rows without the main modality")
     tune: Literal["probe", "prompt", "lora", "full"] | None = Field(
         None,
-        description="how methods other than conditional train their encoders: not at all (probe), with static prompts (prompt), "
-        "with LoRA (lora) or fully (full)",
+        description="how methods other than conditional train their encoders: not at all (probe), with static prompts "
+        "(prompt), with LoRA (lora) or fully (full)",
     )
     prompts: Prompts = Prompts()
     router: Router = Router()
