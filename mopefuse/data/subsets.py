@@ -1,4 +1,4 @@
-"""Choose class-balanced subsets of a split at random: rows to hold out, and few-shot subsets.
+"""Choose subsets of a split at random, stratified by class: rows to hold out, and few-shot subsets.
 
 The choice depends only on the seed and on a hash of each row, so that it is the same for another order of the file and on
 another machine.

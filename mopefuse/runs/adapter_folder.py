@@ -1,4 +1,4 @@
-"""Adapters: the trained weights of a run without its history, a few MB, used with the encoders that they name.
+"""Adapters: the trained weights of a run without its history, used with the encoders that they name.
 
 An adapter is a folder with ``weights.safetensors``, ``config.yaml``, ``model.json`` (labels, encoders, thresholds, metrics) and
 a model card. It can be read wherever a run can: it is a run with a single checkpoint and no log.

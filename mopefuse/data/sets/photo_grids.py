@@ -1,7 +1,7 @@
 """Generate photo grids from a data set of labelled photos: a task in which a text decides where in the image to look.
 
-An image shows n x n photos, and the text asks for the one at some place. The label is that photo's label. Neither the image
-alone, nor the text alone, nor a pooled feature of an image encoder that was never taught to keep places apart can answer.
+An image shows n x n photos, and the text asks for the one in some position. The label is that photo's label. Neither the image
+alone, nor the text alone, nor a pooled feature of an image encoder that was never taught to distinguish positions can answer.
 
 Photos of each split come from the same split of the source. A photo of the source's training split never occurs in another.
 """
