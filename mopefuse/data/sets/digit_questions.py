@@ -1,7 +1,7 @@
 """Generate digit questions: a data set that needs both modalities, made from real handwriting.
 
 An image shows four different handwritten digits in four colours, one per cell of a 2 x 2 grid; a text asks for one of them by
-its place or by its colour (eight kinds of question). The label is that digit. The image alone leaves four equally likely
+its position or by its colour (eight kinds of question). The label is that digit. The image alone leaves four equally likely
 answers (accuracy 0.25), the text alone ten (0.10).
 
 The digits are scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits" test set (1,797 samples of
@@ -39,7 +39,7 @@ COLOURS = {
     "blue": (0, 0, 255),
     "yellow": (255, 255, 0),
 }
-PLACES = (  # names of each cell's place, in the order of the cells
+PLACES = (  # names of each cell's position, in the order of the cells
     ("top left", "upper left"),
     ("top right", "upper right"),
     ("bottom left", "lower left"),
