@@ -128,7 +128,7 @@ def _try_all(context: Context) -> Leaderboard:
     for candidate in NETWORKS:
         try_network(context, candidate)
     leader = context.leader()
-    train_leader(context, CANDIDATES[leader])  # from here on there is a model, whatever happens to the more expensive candidates
+    train_leader(context, CANDIDATES[leader])  # from here on there is a model, even if time runs out
     for candidate in [one for one in TRAINED if not one.swapped or isinstance(context.values["comp"], str)]:
         try_trained(context, candidate, leader)
     context.listener.on_phase("calibration and test", context.budget)
