@@ -390,9 +390,9 @@ def test_every_code_block_of_the_page_runs(pairs: Path, tmp_path: Path, monkeypa
     for block in re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
         exec(compile(block, "docs/python.md", "exec"), space)
     assert space["probabilities"].shape == (2, len(space["dataset"].labels))
-    model, again, rows = space["model"].cpu().eval(), space["again"], list(space["dataset"])
+    model, loaded, rows = space["model"].cpu().eval(), space["loaded"], list(space["dataset"])
     with torch.no_grad():
-        found, wanted = again(again.collate(rows)).logits, model(model.collate(rows)).logits
+        found, wanted = loaded(loaded.collate(rows)).logits, model(model.collate(rows)).logits
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
     start = mopefuse.build_fusion("tiny:vision", "tiny:text", labels=model.labels, experts=4)
     assert not torch.equal(start.head.linear.weight, model.head.linear.weight), "the loop has trained the model"
