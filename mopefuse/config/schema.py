@@ -83,7 +83,7 @@ class Prompts(Section):
         if isinstance(value, str) and not re.fullmatch(r"all|(first|last):(1/)?[1-9]\d{0,3}", value, re.ASCII):
             raise ValueError("all, first:N, last:N, last:1/N, or a list of indices from 0")
         if not isinstance(value, str) and (min(value, default=-1) < 0 or len(set(value)) < len(value)):
-            raise ValueError("different indices from 0")
+            raise ValueError("distinct indices, starting at 0")
         return value
 
 
@@ -209,7 +209,7 @@ class Data(Section):
             default = cls.model_fields[own].default
             column, named = values["columns"].pop(name, None), values.get(own, default)
             if column is not None and named not in (default, column):
-                raise ValueError(f"{own} is {named!r} and columns has {column!r} for {name}: name one column")
+                raise ValueError(f"{own} is {named!r} and columns has {column!r} for {name}: specify one column")
             values |= {own: column} if column is not None else {}
         return values
 

@@ -81,7 +81,7 @@ def pictures(
     facts = {"images": len(first_U), "root": str(data.root), **resizing}
     folder = cache.store("images", key, lambda folder: _write(folder, decode, first_U.tolist(), advance), facts)
     if folder is None:
-        where = str(cache.root() or "there is no folder for it")
+        where = str(cache.root() or "no cache folder")
         raise ResourceError(
             ResourceCode.IMAGE_CACHE_NOT_WRITABLE,
             "decoded images cannot be kept",
