@@ -108,6 +108,6 @@ def test_errors_name_the_file(write: Any, values: dict[str, Any], code: str, mes
 
 
 def test_an_unknown_study_is_refused_with_a_suggestion() -> None:
-    with pytest.raises(ConfigError, match="there is no study prompt-ablatio") as refused:
+    with pytest.raises(ConfigError, match="study not found: prompt-ablatio") as refused:
         read_study("prompt-ablatio")
     assert "did you mean prompt-ablation?" in refused.value.fix

@@ -82,11 +82,11 @@ def test_a_row_without_labels_is_a_target_of_zeros(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_or_split_is_an_error_that_names_existing_ones(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no data folder"):
+    with pytest.raises(DataError, match="data folder not found"):
         load(tmp_path / "no" / "where")
     for name in ("products.csv", "snd.csv"):
         (tmp_path / name).touch()
-    with pytest.raises(DataError, match=r"no data folder .* fix: did you mean [^,]*/products.csv\? Otherwise give a folder"):
+    with pytest.raises(DataError, match=r"data folder not found: .* fix: did you mean [^,]*/products.csv\? Otherwise pass a folder"):
         load(tmp_path / "product.csv")
     write_rows(tmp_path / "train.jsonl", [GOOD])
     write_rows(tmp_path / "dev.jsonl", [GOOD])
@@ -187,7 +187,7 @@ def test_the_most_similar_column_is_suggested(tmp_path: Path, name: str, hint: s
 
 def test_a_repeated_id_is_an_error_with_both_lines(tmp_path: Path) -> None:
     error = refused(split(tmp_path, f"{line(id='x')}\n{line(id='y')}\n{line(id='x')}\n"))
-    assert "train.jsonl:3 the id 'x' is there already, in line 1" in error.what
+    assert "train.jsonl:3 duplicate id 'x', first used on line 1" in error.what
 
 
 def test_rows_without_ids_are_numbered_by_line(tmp_path: Path) -> None:

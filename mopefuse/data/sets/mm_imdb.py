@@ -73,7 +73,7 @@ class MMIMDb(Source):
         return films
 
     def _bad_splits(self, problem: str) -> DataError:
-        fix = 'provide {"train": [ids], "dev": [ids], "test": [ids]}, ids as strings'
+        fix = 'write {"train": [ids], "dev": [ids], "test": [ids]}, ids as strings'
         return DataError(DataCode.BAD_SPLIT_JSON, f"split.json {problem}", where=str(self.folder.root / "split.json"), fix=fix)
 
     def rows(self, split: str) -> Iterator[Sample | Skip]:
