@@ -79,10 +79,14 @@ def test_a_missing_value_is_handled_by_the_policy(data: Path, form: str, column:
 
 def test_the_error_about_missing_values_names_the_alternatives(data: Path) -> None:
     change(data, "train", 4, text=None)
-    with pytest.raises(DataError, match=r"text is null, .* \(to treat it as empty, set data.allow_missing_text=true; .* add --on-missing skip"):
+    with pytest.raises(
+        DataError, match=r"text is null, .* \(to treat it as empty, set data.allow_missing_text=true; .* add --on-missing skip"
+    ):
         read(data)
     change(data, "train", 4, text="x", img=None)
-    with pytest.raises(DataError, match=r"img is null, expected a string \(to accept such rows, add --on-missing skip or absent"):
+    with pytest.raises(
+        DataError, match=r"img is null, expected a string \(to accept such rows, add --on-missing skip or absent"
+    ):
         read(data)
 
 

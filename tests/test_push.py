@@ -382,7 +382,10 @@ SPOILT: dict[str, tuple[dict[str, Any], str]] = {  # name of a file to its conte
         {"manifest.json": lambda text: text.replace(b'"adapter"', b'"index"')},
         "does not hold a mopefuse model",
     ),
-    "a newer format": ({"manifest.json": lambda text: text.replace(b": 1,", b": 99,", 1)}, "written by a newer version of mopefuse"),
+    "a newer format": (
+        {"manifest.json": lambda text: text.replace(b": 1,", b": 99,", 1)},
+        "written by a newer version of mopefuse",
+    ),
 }
 
 

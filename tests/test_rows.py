@@ -86,7 +86,9 @@ def test_a_missing_folder_or_split_is_an_error_that_names_existing_ones(tmp_path
         load(tmp_path / "no" / "where")
     for name in ("products.csv", "snd.csv"):
         (tmp_path / name).touch()
-    with pytest.raises(DataError, match=r"data folder not found: .* fix: did you mean [^,]*/products.csv\? Otherwise pass a folder"):
+    with pytest.raises(
+        DataError, match=r"data folder not found: .* fix: did you mean [^,]*/products.csv\? Otherwise pass a folder"
+    ):
         load(tmp_path / "product.csv")
     write_rows(tmp_path / "train.jsonl", [GOOD])
     write_rows(tmp_path / "dev.jsonl", [GOOD])

@@ -93,7 +93,9 @@ class FitFolder:
             notice = self.run.lock()
         except OSError as error:
             what = f"{self.path} cannot be written: {error.strerror}"
-            raise ConfigError(ConfigCode.BAD_FIT_FOLDER, what, where="--out", fix="choose a different folder with --out") from None
+            raise ConfigError(
+                ConfigCode.BAD_FIT_FOLDER, what, where="--out", fix="choose a different folder with --out"
+            ) from None
         try:
             if overwrite:
                 self._empty()

@@ -58,7 +58,10 @@ def specs_by_side(main: str | None, comp: Comp, modality_of: Mapping[str, str]) 
         side = _find_side(match[1] if match else None, text, sides, modality_of)
         if side in named:
             raise ConfigError(
-                ConfigCode.COMP_NAMED_TWICE, f"--comp specifies {side} twice", where=f"--comp {text}", fix="specify each encoder once"
+                ConfigCode.COMP_NAMED_TWICE,
+                f"--comp specifies {side} twice",
+                where=f"--comp {text}",
+                fix="specify each encoder once",
             )
         named[side] = text[match.end() :] if match else text
     return named

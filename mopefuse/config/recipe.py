@@ -109,7 +109,9 @@ def read_recipe(path: Path, *, saved: bool = False) -> dict[str, Any]:
     except (UnicodeDecodeError, OSError) as error:
         if saved:
             what = f"{path.name} is damaged: {error}"
-            raise CheckpointError(CheckpointCode.CONTENT_DAMAGED, what, where=str(path), fix="restore the original file") from None
+            raise CheckpointError(
+                CheckpointCode.CONTENT_DAMAGED, what, where=str(path), fix="restore the original file"
+            ) from None
         raise ConfigError(
             ConfigCode.RECIPE_UNREADABLE, f"cannot read the recipe: {error}", where=str(path), fix="pass a readable UTF-8 file"
         ) from None

@@ -104,7 +104,8 @@ def check_manifest(manifest: dict[str, Any], kind: str, where: str) -> dict[str,
         )
     if manifest["format"] > FORMAT:
         by = f" {manifest['mopefuse']}" if isinstance(manifest.get("mopefuse"), str) else ""
-        what = f"written by a newer version of mopefuse{by} (format {manifest['format']}); this version reads formats up to {FORMAT}"
+        found = manifest["format"]
+        what = f"written by a newer version of mopefuse{by} (format {found}); this version reads formats up to {FORMAT}"
         raise CheckpointError(CheckpointCode.NEWER_FORMAT, what, where=where, fix="upgrade mopefuse")
     return manifest
 
@@ -118,7 +119,10 @@ def listed_files(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise CheckpointError(
-            CheckpointCode.CONTENT_DAMAGED, "the manifest lists no files", where=str(folder), fix="restore the original file, or use a different checkpoint"
+            CheckpointCode.CONTENT_DAMAGED,
+            "the manifest lists no files",
+            where=str(folder),
+            fix="restore the original file, or use a different checkpoint",
         )
     for name in files:
         if "\0" in name or "\\" in name or not _inside(folder, name):
@@ -159,7 +163,10 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(read_regular(path).decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            CheckpointCode.NOT_FOUND, f"file not found: {path.name}", where=str(path.parent), fix="pass the folder of a finished run"
+            CheckpointCode.NOT_FOUND,
+            f"file not found: {path.name}",
+            where=str(path.parent),
+            fix="pass the folder of a finished run",
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(

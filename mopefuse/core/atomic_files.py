@@ -103,7 +103,9 @@ def check_file(path: Path, where: str = "--out") -> None:
     """
     check_parent(path, where)
     if path.is_dir():
-        raise ConfigError(ConfigCode.FILE_IS_A_FOLDER, f"{path} is a folder", where=where, fix="pass the path of a file, not of a folder")
+        raise ConfigError(
+            ConfigCode.FILE_IS_A_FOLDER, f"{path} is a folder", where=where, fix="pass the path of a file, not of a folder"
+        )
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> int:

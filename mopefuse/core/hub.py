@@ -183,7 +183,11 @@ def _meaning(error: Exception, status: int | None, repo: str, revision: str | No
     if isinstance(error, HfHubHTTPError) and status == 401:
         return EncoderCode.BAD_TOKEN, f"the hub does not accept your token for {repo}", "renew HF_TOKEN, or unset it"
     if isinstance(error, HfHubHTTPError) and status == 403:
-        return EncoderCode.FORBIDDEN, f"your token has no permission to read {repo}", "set HF_TOKEN to a token with read permission"
+        return (
+            EncoderCode.FORBIDDEN,
+            f"your token has no permission to read {repo}",
+            "set HF_TOKEN to a token with read permission",
+        )
     if isinstance(error, HfHubHTTPError):
         return EncoderCode.HUB_FAILED, f"the hub returned an error for {repo} (HTTP {status})", "try again later"
     return (

@@ -60,11 +60,17 @@ def new(name: str, out: Path) -> Path:
     folder = out / f"mopefuse-{name}"
     if os.path.lexists(folder):
         raise PluginError(
-            PluginCode.FOLDER_EXISTS, f"{folder} already exists", where="--out", fix="choose a different folder, or remove this one"
+            PluginCode.FOLDER_EXISTS,
+            f"{folder} already exists",
+            where="--out",
+            fix="choose a different folder, or remove this one",
         )
     if not out.is_dir():
         raise PluginError(
-            PluginCode.NO_PARENT_FOLDER, f"folder not found: {out}", where="--out", fix="create it, or choose a different folder"
+            PluginCode.NO_PARENT_FOLDER,
+            f"folder not found: {out}",
+            where="--out",
+            fix="create it, or choose a different folder",
         )
     words = {"name": name, "module": f"mopefuse_{name.replace('-', '_')}"}
     words["encoder"] = "".join(part.capitalize() for part in name.split("-")) + "Encoder"

@@ -1,9 +1,9 @@
 """Cache decoded and resized images in one memory-mapped file, as decoding takes most of the time of reading.
 
-Each different image is kept once, however many rows show it, as 8-bit RGB of its own height and width; cropping and
+Each distinct image is kept once, however many rows show it, as 8-bit RGB of its own height and width; cropping and
 augmentation come later. Results do not change: the file contains exactly the decoded pixels.
 
-Shapes: S rows of a split, U different images.
+Shapes: S rows of a split, U distinct images.
 """
 
 from __future__ import annotations

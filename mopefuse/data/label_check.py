@@ -170,7 +170,9 @@ def _amounts(counts: Mapping[str, int]) -> Iterator[Doubt]:
     if halves and highest - lowest < len(numbers) <= 2 * _CODES:  # ratings
         return
     first = _most_frequent(counts, counts)
-    what = f"labels are numbers, such as {_quote(first)}, and each of the {len(counts):,} distinct values becomes a separate class"
+    what = (
+        f"labels are numbers, such as {_quote(first)}, and each of the {len(counts):,} distinct values becomes a separate class"
+    )
     fix, rows = f"if they are quantities, {_COLUMN}", sum(counts.values())
     yield Doubt(kind="numeric-labels", message=what, fix=fix, label=first, rows=rows)
 

@@ -168,7 +168,10 @@ class _Build:
             most = ", ".join(f"{reason} ({number})" for reason, number in self.skipped.most_common(3))
             what = f"no row of the {split} split can be used" + (f"; skipped so far: {most}" if most else "")
             raise DataError(
-                DataCode.SOURCE_INCOMPLETE, what, where=str(self.reader.folder.root), fix=f"the folder must contain {self.reader.layout}"
+                DataCode.SOURCE_INCOMPLETE,
+                what,
+                where=str(self.reader.folder.root),
+                fix=f"the folder must contain {self.reader.layout}",
             )
 
     def _check(self, sample: Sample) -> Skip | None:

@@ -56,7 +56,9 @@ def _hold_out(parts: Parts, name: str, fraction: float, path: Path, config: Data
     """Move rows of train to the split `name`; without a train split nothing changes."""
     if name in parts:
         what = f"data.{name}_fraction is set, but there is a {name} split"
-        raise ConfigError(ConfigCode.FRACTION_AND_SPLIT, what, where=str(path), fix=f"remove --{name}-fraction or the {name} split")
+        raise ConfigError(
+            ConfigCode.FRACTION_AND_SPLIT, what, where=str(path), fix=f"remove --{name}-fraction or the {name} split"
+        )
     if "train" not in parts:
         return
     index, rows = parts["train"]

@@ -305,7 +305,10 @@ def _parquet(path: Path) -> Iterator[TableRow]:
     except (arrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            DataCode.PARQUET_DAMAGED, f"{path.name} is damaged: {reason}", where=str(path), fix="replace it with the complete file"
+            DataCode.PARQUET_DAMAGED,
+            f"{path.name} is damaged: {reason}",
+            where=str(path),
+            fix="replace it with the complete file",
         ) from None
 
 

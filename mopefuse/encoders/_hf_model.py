@@ -169,7 +169,10 @@ def _configure(spec: Spec, source: Source, ours: Collection[str]) -> Any:
             setattr(config, key, list(value) if isinstance(value, tuple) else value)
         except StrictDataclassError as error:
             raise EncoderError(
-                EncoderCode.BAD_OPTION, f"{key}={value} is invalid: {error}", where=str(spec), fix=f"remove {key}= from the spec"
+                EncoderCode.BAD_OPTION,
+                f"{key}={value} is invalid: {error}",
+                where=str(spec),
+                fix=f"remove {key}= from the spec",
             ) from error
     return config
 

@@ -79,7 +79,9 @@ def _targets(encoder: Encoder, lora: Lora) -> list[str]:
         if not names:
             near = did_you_mean(target, {name.rpartition(".")[2] for name in linear})
             what = f"{encoder.spec} has no linear layer {target!r}"
-            raise EncoderError(EncoderCode.LORA_NO_SUCH_LAYER, what, where="lora.targets", fix=near or "use --tune probe or full")
+            raise EncoderError(
+                EncoderCode.LORA_NO_SUCH_LAYER, what, where="lora.targets", fix=near or "use --tune probe or full"
+            )
     return list(dict.fromkeys(name for names in found.values() for name in names))
 
 

@@ -246,7 +246,10 @@ def _load(spec: Spec, config: dict[str, Any], name: str, tag: str) -> tuple[Any,
             model.visual.set_input_size(config["vision_cfg"]["image_size"])  # its constructor does not resize the trunk
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise EncoderError(
-            EncoderCode.CANNOT_BUILD, f"open_clip cannot build {name}: {error}", where=str(spec), fix="remove the options after ? from the spec"
+            EncoderCode.CANNOT_BUILD,
+            f"open_clip cannot build {name}: {error}",
+            where=str(spec),
+            fix="remove the options after ? from the spec",
         ) from error
     return model, path.parent.name if path else ""
 

@@ -76,7 +76,10 @@ def prepare_upload(
         there, private = None, False
     if there and not private and not public:
         raise ConfigError(
-            ConfigCode.REPOSITORY_IS_PUBLIC, f"{name} is public", where="push", fix="add --public, or choose a different repository"
+            ConfigCode.REPOSITORY_IS_PUBLIC,
+            f"{name} is public",
+            where="push",
+            fix="add --public, or choose a different repository",
         )
     with tempfile.TemporaryDirectory() as temporary:
         if not kind:

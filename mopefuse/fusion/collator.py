@@ -130,7 +130,10 @@ class Collator:
         if without:
             what = "the row has no label, but other rows of the batch have one"
             raise DataError(
-                DataCode.ROWS_WITH_AND_WITHOUT_LABEL, what, where=f"sample {without[0]}", fix="add a label to every row, or to none"
+                DataCode.ROWS_WITH_AND_WITHOUT_LABEL,
+                what,
+                where=f"sample {without[0]}",
+                fix="add a label to every row, or to none",
             )
         for number, row in enumerate(rows):
             self._check_label(row[LABEL], f"sample {number}")

@@ -50,7 +50,10 @@ def check_gates(found: Mapping[str, float], gates: Mapping[str, float]) -> None:
     for name, least in gates.items():
         if name not in found:
             raise ConfigError(
-                ConfigCode.UNKNOWN_METRIC, f"metric {name!r} is not defined for these data", where="--min", fix=did_you_mean(name, found)
+                ConfigCode.UNKNOWN_METRIC,
+                f"metric {name!r} is not defined for these data",
+                where="--min",
+                fix=did_you_mean(name, found),
             )
         if not found[name] >= least:
             raise GateError(

@@ -139,7 +139,10 @@ def regular_file(path: Path, name: str, *, where: str, what: str) -> Path:
     if not stat.S_ISREG(mode):
         article = "an" if what[:1] in "aeiou" else "a"
         raise DataError(
-            DataCode.NOT_A_REGULAR_FILE, f"{name} is not a regular file", where=where, fix=f"use the path of {article} {what} file"
+            DataCode.NOT_A_REGULAR_FILE,
+            f"{name} is not a regular file",
+            where=where,
+            fix=f"use the path of {article} {what} file",
         )
     return path
 

@@ -134,7 +134,10 @@ def _from_python(image: Image.Image, *, where: str) -> Image.Image:
         raise
     except Exception as error:  # Pillow reads the file only now, and decoders raise anything
         raise DataError(
-            DataCode.FILE_UNREADABLE, f"the image cannot be read ({_reason(error)})", where=where, fix="replace or remove the image"
+            DataCode.FILE_UNREADABLE,
+            f"the image cannot be read ({_reason(error)})",
+            where=where,
+            fix="replace or remove the image",
         ) from None
 
 

@@ -125,7 +125,10 @@ def check_place(page: Path, data: Path | None) -> None:
         )
     if page.exists() and not _is_ours(page):
         raise DataError(
-            DataCode.PAGE_NOT_OURS, f"{page.name} exists and is not a mopefuse page", where=str(page), fix="choose a different file"
+            DataCode.PAGE_NOT_OURS,
+            f"{page.name} exists and is not a mopefuse page",
+            where=str(page),
+            fix="choose a different file",
         )
 
 

@@ -143,7 +143,10 @@ def compare(
     runs = [run for _, group in groups.rows for run in group]
     if not runs:
         raise ConfigError(
-            ConfigCode.NOTHING_TO_COMPARE, "no run is finished", where=", ".join(map(str, folders)), fix="pass folders of finished runs"
+            ConfigCode.NOTHING_TO_COMPARE,
+            "no run is finished",
+            where=", ".join(map(str, folders)),
+            fix="pass folders of finished runs",
         )
     require_same_test(runs)
     if metric is None:

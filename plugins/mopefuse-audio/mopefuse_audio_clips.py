@@ -152,4 +152,6 @@ def clip_of(path: str | Path, *, where: str = "") -> Clip:
     try:
         return Clip(Path(path).read_bytes(), str(path), where)
     except OSError as error:
-        raise DataError(202, f"{path} cannot be read: {error.strerror}", where=where, fix="use the path of an audio file") from None
+        raise DataError(
+            202, f"{path} cannot be read: {error.strerror}", where=where, fix="use the path of an audio file"
+        ) from None

@@ -1,6 +1,6 @@
 """Generate digit questions: a data set that needs both modalities, made from real handwriting.
 
-An image shows four different handwritten digits in four colours, one per cell of a 2 x 2 grid; a text asks for one of them by
+An image shows four distinct handwritten digits in four colours, one per cell of a 2 x 2 grid; a text asks for one of them by
 its place or by its colour (eight kinds of question). The label is that digit. The image alone leaves four equally likely
 answers (accuracy 0.25), the text alone ten (0.10).
 
