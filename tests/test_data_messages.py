@@ -90,7 +90,7 @@ def test_a_column_that_no_row_has_is_not_a_missing_value(data: Path) -> None:
     for split in ("train", "val", "test"):
         write_rows(data / f"{split}.jsonl", [{k: v for k, v in row.items() if k != "text"} for row in rows_of(data, split)])
     assert "has no text; found id, img, label" in plan(data).stderr
-    assert "(use --on-missing" not in plan(data).stderr
+    assert "to accept such rows" not in plan(data).stderr
 
 
 def test_a_row_without_a_label_is_not_a_missing_value(data: Path) -> None:
