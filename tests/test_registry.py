@@ -222,7 +222,7 @@ def test_a_broken_plugin_is_an_error_with_its_distribution_only_when_it_is_used(
 
 @pytest.mark.parametrize(("group", "name", "near"), [(ENCODERS, "tmm", "timm"), (FUSION, "conditonal", "conditional")])
 def test_an_unknown_name_gets_a_suggestion(group: str, name: str, near: str) -> None:
-    with pytest.raises(MopefuseError, match=f"no .*{name}") as caught:
+    with pytest.raises(MopefuseError, match=f"unknown .*{name}") as caught:
         load(group, name)
     assert near in caught.value.fix
 
