@@ -81,7 +81,7 @@ def test_no_label_leads_outside_the_study_folder(write: Any, label: str) -> None
     [
         ({"seed": [1]}, "MF-CFG-80", "unknown key seed (did you mean seeds?)"),
         ({"seeds": []}, "MF-CFG-80", "seeds"),
-        ({"seeds": [1, 1]}, "MF-CFG-80", "different"),
+        ({"seeds": [1, 1]}, "MF-CFG-80", "distinct"),
         ({"seeds": [-1]}, "MF-CFG-80", "seeds.0"),
         ({"grid": {"prompts.experts": []}}, "MF-CFG-80", "grid.prompts.experts"),
         ({"grid": {"prompts.experts": 4}}, "MF-CFG-80", "list"),
