@@ -172,7 +172,7 @@ def test_twenty_problems_are_listed_and_all_are_counted(tmp_path: Path) -> None:
 
 def test_rows_with_the_same_problem_are_reported_once_with_the_fix(tmp_path: Path) -> None:
     error = refused(split(tmp_path, "".join(line(id=i, img="") + "\n" for i in range(33)) + "x\n"))
-    assert error.what.startswith("34 bad rows: train.jsonl:1 img is empty, expected a string (to accept such rows, add --on-missing ")
+    assert error.what.startswith("34 bad rows: train.jsonl:1 img is empty, expected a string (to accept such rows, add ")
     assert "(and 32 similar); train.jsonl:34 is not JSON" in error.what
     assert error.what.count("train.jsonl:") == 2 and error.fix.startswith("correct or remove them; ")
     same = refused(split(tmp_path, "x\n" * 33))

@@ -86,7 +86,7 @@ def _decoded(
         size = image.size
         if size[0] * size[1] > max_pixels:
             what = f"{relative} has {size[0]} x {size[1]} pixels, more than {max_pixels:,}"
-            raise DataError(DataCode.TOO_MANY_PIXELS, what, where=where, fix="shrink the image, or raise --max-pixels")
+            raise DataError(DataCode.TOO_MANY_PIXELS, what, where=where, fix="shrink the image, or raise data.max_pixels")
         if not glance:
             return upright_rgb(image), size
         image.draft(None, (size[0] // 8, size[1] // 8))
