@@ -161,5 +161,5 @@ def test_a_csv_with_another_delimiter_trains_with_a_notice(data: Path, delimiter
     (data / "all.csv").write_text("\n".join(lines) + "\n")
     done = plan(data / "all.csv", "--val-fraction", "0.2")
     assert done.returncode == 0, done.stderr
-    name = {";": "semicolons", "\t": "tabs"}[delimiter]
-    assert done.stderr.count(f"notice: all.csv is parsed as separated by {name}, not commas") == 1
+    name = {";": "semicolon", "\t": "tab"}[delimiter]
+    assert done.stderr.count(f"notice: all.csv is parsed as {name}-separated, not comma-separated") == 1

@@ -256,7 +256,7 @@ def _delimiter(content: bytes, path: Path, config: DataConfig) -> str:
     wanted = {config.text_col, config.img_col, config.label_col, config.id_col, *config.columns.values()}
     found = delimiter_of(content, default, wanted)
     if found != default:
-        what = f"{path.name} is parsed as separated by {name_of(found)}, not {name_of(default)}, because of its header"
+        what = f"{path.name} is parsed as {name_of(found)}-separated, not {name_of(default)}-separated, because of its header"
         warnings.warn(what, Notice, stacklevel=2)
     return found
 
