@@ -32,7 +32,7 @@ NOTES = {  # for codes whose message is built from variables alone
     "MF-CFG-343": "there is no training split to take the labels from, or the labels are not distinct names",
     "MF-CFG-64": "no input is given, or both a table and `--image` or `--text`",
     "MF-CFG-66": "the input is not a file",
-    "MF-CFG-71": "no folder to write is given, or two",
+    "MF-CFG-71": "no output folder is given, or two are",
     "MF-DATA-03": "a row is not valid: its line and the reason",
     "MF-DATA-231": "lists of labels that were read as one class each",
     "MF-DATA-232": "more labels than a third of the training rows",

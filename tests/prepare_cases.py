@@ -55,15 +55,15 @@ TRAIN_ROWS = {  # id: (title, title when cleaned), worked out by hand
 TRAIN_SKIPPED = [
     ("texts/train_titles.csv", 8, "quote not closed"),
     ("texts/train_titles.csv", 11, "fewer than three fields"),
-    ("texts/train_titles.csv", 13, "image twice"),
+    ("texts/train_titles.csv", 13, "duplicate image"),
     ("texts/train_titles.csv", 16, "image name does not start with its class"),
     ("texts/train_titles.csv", 18, "not UTF-8"),
     ("images/train/apple_pie/notes.html", None, "not a .jpg file"),
-    ("images/train/beignets/beignets_50.jpg", None, "image twice"),
+    ("images/train/beignets/beignets_50.jpg", None, "duplicate image"),
     ("images/train/beignets/waffles_1.jpg", None, "image name does not start with its class"),
-    ("images/train/miso_soup/miso_soup_77.jpg", None, "image without text"),
+    ("images/train/miso_soup/miso_soup_77.jpg", None, "image has no text"),
     ("images/train/stray.jpg", None, "not in the folder of a class"),
-    ("texts/train_titles.csv", 14, "text without image"),
+    ("texts/train_titles.csv", 14, "text has no image"),
 ]
 TEST_TITLES = b"""apple_pie_20.jpg,Pie,apple_pie
 beignets_50.jpg,In train and in test,beignets
@@ -164,11 +164,11 @@ MM_IMDB_SKIPPED = [
     ("dataset/0000006.json", None, "no plot"),
     ("dataset/0000007.json", None, "no genres"),
     ("dataset/0000008.json", None, "no image"),
-    ("dataset/0000009.json", None, "no json"),
+    ("dataset/0000009.json", None, "missing JSON file"),
     ("dataset/0000011.json", None, "genre Adult"),
     ("dataset/0000013.json", None, "genre News"),
-    ("dataset/0000014.json", None, "json cannot be read"),
-    ("dataset/0000001.json", None, "id twice"),
+    ("dataset/0000014.json", None, "JSON file cannot be read"),
+    ("dataset/0000001.json", None, "duplicate id"),
 ]
 
 

@@ -103,8 +103,8 @@ def test_a_model_has_the_labels_and_task_that_it_was_built_with() -> None:
         ({"task": "multilabel"}, "task must be one of single-label, multi-label, got 'multilabel' · task · fix: did you mean"),
         ({"comp": None}, "comp is missing"),
         ({"router": {"top": 1}}, "unknown setting router.top (did you mean router.top_m?)"),
-        ({"method": "mmbt", "either": True}, "mmbt cannot do without the main modality · either · fix: use method conditional"),
-        ({"comp": "tiny:txt"}, "there is no encoder tiny:txt · comp · fix: did you mean text"),
+        ({"method": "mmbt", "either": True}, "mmbt requires the main modality · either · fix: use method conditional"),
+        ({"comp": "tiny:txt"}, "unknown encoder tiny:txt · comp · fix: did you mean text"),
     ],
     ids=str,
 )
@@ -245,9 +245,9 @@ def test_errors_of_train_and_evaluate_name_arguments(pairs: Path, tmp_path: Path
     config = mopefuse.build_config({"main": "tiny:vision", "comp": "tiny:text", "data": {"path": str(pairs)}})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("")
-    with pytest.raises(ConfigError, match=r"is not empty · out · fix: add resume or overwrite, or choose another out"):
+    with pytest.raises(ConfigError, match=r"is not empty · out · fix: add resume or overwrite, or choose a different out"):
         mopefuse.train(config, str(tmp_path / "full"))
-    with pytest.raises(CheckpointError, match="there is no run"):
+    with pytest.raises(CheckpointError, match="run not found"):
         mopefuse.evaluate(str(tmp_path / "none"))
 
 
@@ -350,10 +350,10 @@ def test_a_model_that_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"is not empty · out · fix: choose another out$"):
+    with pytest.raises(ConfigError, match=r"is not empty · out · fix: choose a different out$"):
         mopefuse.save_adapter(build(), mine, labels=labels, overwrite=True)
     mopefuse.save_adapter(build(), out, labels=labels)
-    with pytest.raises(ConfigError, match=r"choose another out, or add overwrite$"):
+    with pytest.raises(ConfigError, match=r"choose a different out, or add overwrite$"):
         mopefuse.save_adapter(build(), out, labels=labels)
 
 

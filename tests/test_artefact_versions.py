@@ -45,7 +45,7 @@ def expected(golden: Path) -> dict[str, Any]:
 def newer(artefact: Artefact, manifest: Path, **facts: object) -> str:
     write(manifest, read(manifest) | {"format": NEXT} | facts)
     by = f" {facts['mopefuse']}" if facts else ""
-    return f"made by a newer mopefuse{by} (format {NEXT}); this version reads up to format {checkpoint.FORMAT}"
+    return f"written by a newer version of mopefuse{by} (format {NEXT}); this version reads formats up to {checkpoint.FORMAT}"
 
 
 def test_F_79_an_artefact_of_a_newer_version_is_an_error_with_both_format_numbers(artefact: Artefact, predict: Predict) -> None:

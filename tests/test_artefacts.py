@@ -137,7 +137,7 @@ def test_F_74_resuming_skips_a_damaged_checkpoint_but_never_starts_from_scratch(
     done = resume(of_run.path)
     assert done.returncode == 0 and "the checkpoint step-4 is damaged; step-3 is used" in done.stderr
     (kept / "checkpoints" / "step-3" / WEIGHTS).write_bytes(b"")
-    refused(resume(kept), "MF-CKPT-02", "step-4", fix="begin a new run")
+    refused(resume(kept), "MF-CKPT-02", "step-4", fix="start a new run")
     assert sorted(path.name for path in kept.glob("checkpoints/step-*")) == ["step-3", "step-4"]
 
 

@@ -190,7 +190,7 @@ CASES: list[tuple[str, Change, int, list[str]]] = [
     ("text is number", row(text=3), DATA, [f"{AT} text is a number"]),
     ("text is list", row(text=["a"]), DATA, [f"{AT} text is a list"]),
     ("columns", renamed, DATA, ["has no text or img; found caption, id, image, label", "--text-col caption --image-col image"]),
-    ("unknown", row("val", 2, label="unheard"), DATA, ["unheard (1) · val.jsonl:2, id val-1", "correct it", "labels.txt"]),
+    ("unknown", row("val", 2, label="unheard"), DATA, ["unheard (1) · val.jsonl:2, id val-1", "correct them", "labels.txt"]),
     ("unknown, a typo", row("val", 2, label="aa"), DATA, ["aa (1; did you mean a?) · val.jsonl:2"]),
     ("label type", row(label=0), DATA, [f"{AT} label is a number, expected a string", "quote it"]),
     ("label type no", row(label=False), DATA, [f"{AT} label is a boolean", "quote it"]),
@@ -199,7 +199,7 @@ CASES: list[tuple[str, Change, int, list[str]]] = [
     ("one class", every_label("a", "train", "val", "test"), DATA, ["MF-DATA-07", "a classifier needs at least two"]),
     ("split empty", whole(lambda content: b"\n"), DATA, ["MF-DATA-04", "the train split has no rows"]),
     ("split missing", lambda root: (root / "val.jsonl").unlink(), DATA, ["the val split is missing", "--val-fraction"]),
-    ("id twice", row(id="train-0"), DATA, [f"{AT} the id 'train-0' is there already, in line 1"]),
+    ("duplicate id", row(id="train-0"), DATA, [f"{AT} duplicate id 'train-0', first used on line 1"]),
     ("leak", copied, ACCEPTED, ["1 image of test is also in train", "1 text of test is also in train"]),
     ("path outside", row(img="../../etc/passwd"), DATA, ["MF-SEC-01", "the image path is outside the data folder", AT]),
 ]
@@ -307,7 +307,7 @@ def test_bad_rows_are_skipped_on_request_up_to_a_limit(tmp_path: Path) -> None:
     assert "2 of 12 rows are bad; at most a fraction of 0.01 may be skipped" in few.stderr
     done = call(*options, "--out", tmp_path / "run", "--set", "data.max_bad_fraction=0.2")
     assert done.returncode == 0, done.stderr
-    assert "train: 2 bad rows are skipped, the first as: train.jsonl:4, id train-3" in done.stderr
+    assert "train: 2 bad rows skipped; the first: train.jsonl:4, id train-3" in done.stderr
     skipped = json.loads((tmp_path / "run" / "manifest.json").read_text())["skipped"]
     assert [entry[:10] for entry in skipped["train"]] == ["MF-DATA-13", "MF-DATA-03"]
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]["train"] == 10

@@ -105,5 +105,5 @@ def test_a_manifest_with_an_invalid_model_name_is_refused(exported: Path, tmp_pa
     bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps({**manifest, "model": ["onnx"]}))
-    with pytest.raises(CheckpointError, match="names no model"):
+    with pytest.raises(CheckpointError, match="lists no model"):
         Bundle(bundle)

@@ -225,14 +225,14 @@ def test_a_flipped_bit_is_detected(tmp_path: Path) -> None:
     [
         (lambda a: (a / "file").unlink(), "has changed since it was written"),
         (lambda a: (a / "file").write_text("content and more"), "has changed since it was written"),
-        (lambda a: (a / "manifest.json").unlink(), "no manifest.json"),
+        (lambda a: (a / "manifest.json").unlink(), "file not found: manifest.json"),
         (lambda a: (a / "manifest.json").write_text("{"), "damaged"),
         (lambda a: (a / "manifest.json").write_text("[]"), "damaged"),
         (lambda a: (a / "manifest.json").write_bytes(b"\xff"), "damaged"),
         (lambda a: change_manifest(a, kind="other"), "not a mopefuse thing"),
         (lambda a: change_manifest(a, format="1"), "not a mopefuse thing"),
         (lambda a: change_manifest(a, format=True), "not a mopefuse thing"),
-        (lambda a: change_manifest(a, files=None), "names no files"),
+        (lambda a: change_manifest(a, files=None), "lists no files"),
         (lambda a: change_manifest(a, files={"file": None}), "has changed since it was written"),
         (lambda a: change_manifest(a, files={"file": {"size": 10**10}}), "has changed since it was written"),
         (lambda a: (a / "extra.safetensors").write_text("x"), "extra.safetensors is not listed in the manifest"),
@@ -266,7 +266,7 @@ def test_a_newer_format_is_an_error_with_both_versions(tmp_path: Path) -> None:
     change_manifest(published(tmp_path / "a"), format=FORMAT + 1)
     error = refused(tmp_path / "a")
     assert f"format {FORMAT + 1}" in error.what
-    assert f"up to format {FORMAT}" in error.what
+    assert f"formats up to {FORMAT}" in error.what
     assert "upgrade" in error.fix
 
 

@@ -102,7 +102,7 @@ def test_a_process_ends_with_the_exit_code_of_its_error(tmp_path: Path, args: tu
 
 def test_an_error_is_one_line_with_what_where_and_fix(tmp_path: Path) -> None:
     done = call("train", *TINY, "--set", "trian.lr=1")
-    assert done.stderr == "error[MF-CFG-06]: there is no setting trian · --set trian.lr · fix: did you mean train?\n"
+    assert done.stderr == "error[MF-CFG-06]: unknown setting trian · --set trian.lr · fix: did you mean train?\n"
 
 
 @pytest.mark.parametrize(

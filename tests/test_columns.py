@@ -148,7 +148,7 @@ def test_two_columns_for_one_modality_are_refused(pairs: Path, flags: tuple[str,
         assert done.returncode == 3
         assert all(name in done.stderr for name in named), done.stderr
     else:
-        assert "there is no column a" in done.stderr, "--set overrides flags, as always"
+        assert "column not found: a" in done.stderr, "--set overrides flags, as always"
 
 
 @pytest.mark.parametrize("flags", [("--label-col", "text"), ("--text-col", "label"), ("--image-col", "label")])
@@ -173,7 +173,7 @@ def test_a_modality_that_no_encoder_reads_gives_a_notice_before_training(pairs: 
     both = ("--main", "tiny:text", "--comp", "tiny:text?pool=mean", "--device", "cpu", "--experts", "2")
     done = call("train", *both, "--data", pairs, "--out", tmp_path / "run", "--steps", "1")
     assert done.returncode == 0, done.stderr
-    line = "no encoder reads image: --main tiny:text, --comp tiny:text?pool=mean read text; to use it, give an encoder"
+    line = "no encoder reads image: --main tiny:text, --comp tiny:text?pool=mean read text; to use it, add an encoder"
     assert line in done.stderr
     assert done.stderr.index(line) < done.stderr.index("step 1")
     assert line in call("train", *both, "--data", pairs, "--dry-run").stderr

@@ -186,14 +186,14 @@ BROKEN_METHODS: list[tuple[type[Fusion], str, str]] = [
     (ReturnsATensor, "forward() returns a Tensor, expected an Output", "return Output(logits_BN)"),
     (TooFewLogits, "logits have the shape (3, 2), expected (3, 3)", "one column for each of num_labels"),
     (RoutingWithoutSum, "routing weights of a layer do not add up to 1", "return Output"),
-    (AlwaysDropout, "gives other logits the second time", "in training mode only"),
+    (AlwaysDropout, "gives different logits the second time", "in training mode only"),
     (KeepsTheBatch, "forward() sets last of the model", "keep nothing on self"),
     (CentresTheBatch, "logits of sample 0 depend on the rest of its batch", "no mean, norm or attention over the batch"),
     (UnusedLayer, "the trainable parameter spare.weight gets no gradient", "use every parameter"),
     (ThawsAnEncoder, "requires_grad of comp.", "read frozen encoders with"),
     (IgnoresComputedFeatures, "KeyError: 'main'", "with self.pooled_feature(side, batch)"),
-    (IgnoresItsPrefix, "computed earlier for prefix_layers gives other logits", "pass start=self.prefix(side, batch)"),
-    (LearnsOutsideItsState, "a fresh model with the saved state gives other logits", "parameters"),
+    (IgnoresItsPrefix, "computed earlier for prefix_layers gives different logits", "pass start=self.prefix(side, batch)"),
+    (LearnsOutsideItsState, "a fresh model with the saved state gives different logits", "parameters"),
     (HoldsALock, "cannot pickle", "no open files, locks or lambdas"),
     (TakesAnything, "accepts a sample without", "set takes_several_comps = True"),
     (ForgetsTheAbsent, "learns what stands in for a missing comp value", "pass batch=batch to self.classify()"),
@@ -420,5 +420,5 @@ def test_a_broken_modality_fails_with_what_and_a_fix(
 def test_a_class_that_is_not_a_modality_and_files_without_a_folder_fail(check: Callable[[type[Modality]], Modality]) -> None:
     with pytest.raises(AssertionError, match=r"is not a subclass of mopefuse\.modalities\.base\.Modality"):
         check(Blob)  # type: ignore[arg-type]
-    with pytest.raises(AssertionError, match="values are files · fix: give check_modality"):
+    with pytest.raises(AssertionError, match="values are files · fix: pass values"):
         check_modality("image")

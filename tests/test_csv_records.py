@@ -124,7 +124,7 @@ def test_skipped_rows_are_counted_correctly(tmp_path: Path) -> None:
     refused = call("train", *TINY, *options, "--out", tmp_path / "no")
     assert refused.returncode == 4
     assert "1 bad row: t.csv:301 has an unclosed quote, which would swallow the 200 lines after it" in refused.stderr
-    assert "fix: close quotes" in refused.stderr
+    assert "fix: close all quotes" in refused.stderr
     done = call("train", *TINY, *options, "--out", tmp_path / "run", "--on-bad", "skip", "--json")
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)["rows"]

@@ -112,12 +112,12 @@ def test_a_second_run_encodes_and_decodes_nothing(photos: Path, tmp_path: Path, 
 
     notices = Notices()
     train(settings(photos, cache_images=True), tmp_path / "first", listener=notices)
-    assert "train: 3 different texts encoded once by tiny:text, kept in" in " ".join(notices.texts)
+    assert "train: 3 distinct texts encoded once by tiny:text, kept in" in " ".join(notices.texts)
     monkeypatch.setattr("mopefuse.data.feature_cache.encode_pooled", lambda *_: pytest.fail("a text was encoded"))
     monkeypatch.setattr("mopefuse.modalities.image._decoded", lambda *_, **__: pytest.fail("an image was decoded or looked at"))
     notices = Notices()
     train(settings(photos, cache_images=True), tmp_path / "second", listener=notices)
-    assert "train: 3 different texts encoded once by tiny:text, read from" in " ".join(notices.texts)
+    assert "train: 3 distinct texts encoded once by tiny:text, read from" in " ".join(notices.texts)
 
 
 def features(root: Path, encoder: str = "tiny:text", split: str = "train", **changed: Any) -> Any:

@@ -41,7 +41,7 @@ def test_if_all_images_are_in_another_folder_the_error_names_the_flag(data: Path
     refused = plan(data)
     assert refused.returncode == 4
     assert "error[MF-DATA-11]: none of the 12 images exist; first missing: images/train-0.png" in refused.stderr
-    fix = f"add --image-root {root}" if near else "give their folder with --image-root DIR"
+    fix = f"add --image-root {root}" if near else "add --image-root DIR, the folder that contains them"
     assert f"fix: {fix}" in refused.stderr
     assert f"fix: {fix}" in plan(data, "--on-bad", "skip").stderr
     report = check(data)
@@ -62,7 +62,7 @@ def test_predict_without_any_images_is_an_error_with_the_flag(trained: Path, pai
     shutil.copy(pairs / "test.jsonl", tmp_path)
     done = call("predict", trained, tmp_path / "test.jsonl")
     assert done.returncode == 4
-    assert "fix: give the folder of the files with --image-root DIR" in done.stderr
+    assert "fix: add --image-root DIR, the folder of the files" in done.stderr
     assert call("predict", trained, tmp_path / "test.jsonl", "--image-root", pairs).returncode == 0
 
 
@@ -90,7 +90,7 @@ def test_a_column_that_no_row_has_is_not_a_missing_value(data: Path) -> None:
     for split in ("train", "val", "test"):
         write_rows(data / f"{split}.jsonl", [{k: v for k, v in row.items() if k != "text"} for row in rows_of(data, split)])
     assert "has no text; found id, img, label" in plan(data).stderr
-    assert "(use --on-missing" not in plan(data).stderr
+    assert "to accept such rows" not in plan(data).stderr
 
 
 def test_a_row_without_a_label_is_not_a_missing_value(data: Path) -> None:
@@ -143,12 +143,12 @@ def test_a_folder_with_one_table_of_another_name_names_the_table(data: Path) -> 
     table = (data / "train.jsonl").rename(data / "items.jsonl")
     for other in ("val", "test"):
         (data / f"{other}.jsonl").unlink()
-    assert f"name the table itself: {table}" in plan(data).stderr
+    assert f"pass the table itself: {table}" in plan(data).stderr
 
 
 def test_a_table_without_a_split_column_suggests_both_solutions(data: Path) -> None:
     refused = plan(one_table(data))
-    assert "--val-fraction 0.1, or name the column with the split with --split-col" in refused.stderr
+    assert "--val-fraction 0.1, or specify the split column with --split-col" in refused.stderr
 
 
 # -- other delimiters
@@ -161,5 +161,5 @@ def test_a_csv_with_another_delimiter_trains_with_a_notice(data: Path, delimiter
     (data / "all.csv").write_text("\n".join(lines) + "\n")
     done = plan(data / "all.csv", "--val-fraction", "0.2")
     assert done.returncode == 0, done.stderr
-    name = {";": "semicolons", "\t": "tabs"}[delimiter]
-    assert done.stderr.count(f"notice: all.csv is parsed as separated by {name}, not commas") == 1
+    name = {";": "semicolon", "\t": "tab"}[delimiter]
+    assert done.stderr.count(f"notice: all.csv is parsed as {name}-separated, not comma-separated") == 1

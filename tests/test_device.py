@@ -51,7 +51,7 @@ def can_flush() -> bool:
 
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "cuda:", "cpu:0"])
 def test_an_unavailable_device_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="there is no device"):
+    with pytest.raises(ConfigError, match=r"unknown device|device not found"):
         devices.resolve(name)
 
 

@@ -130,7 +130,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
 
 
 def test_another_folder_is_refused_and_left_alone(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="another data set"):
+    with pytest.raises(DataError, match="a different data set"):
         dq.make(folder, seed=4, **COUNTS)
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(DataError, match="not empty"):

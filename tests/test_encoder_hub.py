@@ -50,10 +50,10 @@ def response(status: int) -> Any:
 HUB = [
     (hub_errors.GatedRepoError("x", response=response(403)), EncoderCode.GATED, "accept its terms"),
     (hub_errors.RepositoryNotFoundError("x", response=response(401)), EncoderCode.NOT_VISIBLE, "private"),
-    (hub_errors.RepositoryNotFoundError("x", response=response(404)), EncoderCode.NOT_FOUND, "your token can see"),
+    (hub_errors.RepositoryNotFoundError("x", response=response(404)), EncoderCode.NOT_FOUND, "your token has no access"),
     (hub_errors.RevisionNotFoundError("x", response=response(404)), EncoderCode.NO_REVISION, "'v9'"),
     (hub_errors.HfHubHTTPError("x", response=response(401)), EncoderCode.BAD_TOKEN, "renew HF_TOKEN"),
-    (hub_errors.HfHubHTTPError("x", response=response(403)), EncoderCode.FORBIDDEN, "may not read"),
+    (hub_errors.HfHubHTTPError("x", response=response(403)), EncoderCode.FORBIDDEN, "no permission to read"),
     (hub_errors.HfHubHTTPError("x", response=response(503)), EncoderCode.HUB_FAILED, "503"),
     (hub_errors.OfflineModeIsEnabled("x"), EncoderCode.OFFLINE, "HF_HUB_OFFLINE=1"),
     (ConnectionError("x"), EncoderCode.UNREACHABLE, "connected machine"),

@@ -90,7 +90,7 @@ def test_a_missing_image_root_is_refused(trained: Path, pairs: Path, tmp_path: P
 
 def test_for_one_of_several_tables_the_error_suggests_their_folder(pairs: Path, tmp_path: Path) -> None:
     done = call("train", *TINY, "--data", pairs / "train.jsonl", "--out", tmp_path / "run")
-    assert done.returncode == 4 and f"name the folder that also has the other splits: {pairs}" in done.stderr
+    assert done.returncode == 4 and f"pass the folder that also has the other splits: {pairs}" in done.stderr
 
 
 def test_a_folder_of_images_alone_is_not_reported_as_empty(pairs: Path, tmp_path: Path) -> None:

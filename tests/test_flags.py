@@ -215,7 +215,7 @@ def test_a_file_of_weights_that_does_not_exist_is_reported_before_data_are_read(
     gone = tmp_path / "gone.safetensors"
     done = call("train", *TINY, side, f"timm:vit_tiny_patch16_224?weights={gone}", "--data", tmp_path / "nowhere")
     assert done.returncode == 6
-    assert f"{side}, {gone}" in done.stderr and "fix: give an existing file" in done.stderr
+    assert f"{side}, {gone}" in done.stderr and "fix: pass an existing file" in done.stderr
 
 
 def test_swap_encoder_reports_a_missing_weights_file_too(trained: Path, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_no_label_leads_outside_the_study_folder(write: Any, label: str) -> None
     [
         ({"seed": [1]}, "MF-CFG-80", "unknown key seed (did you mean seeds?)"),
         ({"seeds": []}, "MF-CFG-80", "seeds"),
-        ({"seeds": [1, 1]}, "MF-CFG-80", "different"),
+        ({"seeds": [1, 1]}, "MF-CFG-80", "distinct"),
         ({"seeds": [-1]}, "MF-CFG-80", "seeds.0"),
         ({"grid": {"prompts.experts": []}}, "MF-CFG-80", "grid.prompts.experts"),
         ({"grid": {"prompts.experts": 4}}, "MF-CFG-80", "list"),
@@ -108,6 +108,6 @@ def test_errors_name_the_file(write: Any, values: dict[str, Any], code: str, mes
 
 
 def test_an_unknown_study_is_refused_with_a_suggestion() -> None:
-    with pytest.raises(ConfigError, match="there is no study prompt-ablatio") as refused:
+    with pytest.raises(ConfigError, match="study not found: prompt-ablatio") as refused:
         read_study("prompt-ablatio")
     assert "did you mean prompt-ablation?" in refused.value.fix

@@ -148,7 +148,7 @@ def test_any_labels_can_be_checked(labels: list[str]) -> None:
 def test_tags_that_are_unique_to_almost_every_row_are_refused() -> None:
     counts = Counter(f"tag {number}" for number in range(100)) | Counter({"often": 60})
     (many,) = (doubt for doubt in find_doubts(counts, 60) if doubt.kind == "many-labels")
-    assert many.message.startswith("101 different labels in 60 training rows, used 160 times in all")
+    assert many.message.startswith("101 distinct labels in 60 training rows, used 160 times in all")
 
 
 # -- cells

@@ -79,10 +79,14 @@ def test_a_missing_value_is_handled_by_the_policy(data: Path, form: str, column:
 
 def test_the_error_about_missing_values_names_the_alternatives(data: Path) -> None:
     change(data, "train", 4, text=None)
-    with pytest.raises(DataError, match=r"text is null, .* \(set data.allow_missing_text=true .* or --on-missing skip"):
+    with pytest.raises(
+        DataError, match=r"text is null, .* \(to treat it as empty, set data.allow_missing_text=true; .* add --on-missing skip"
+    ):
         read(data)
     change(data, "train", 4, text="x", img=None)
-    with pytest.raises(DataError, match=r"img is null, expected a string \(use --on-missing skip or absent"):
+    with pytest.raises(
+        DataError, match=r"img is null, expected a string \(to accept such rows, add --on-missing skip or absent"
+    ):
         read(data)
 
 
@@ -127,7 +131,7 @@ def test_empty_cells_of_a_table_are_missing(data: Path) -> None:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    with pytest.raises(DataError, match=r"img is empty, expected a string \(use --on-missing"):
+    with pytest.raises(DataError, match=r"img is empty, expected a string \(to accept such rows, add --on-missing"):
         read(data)
     kept = read(data, on_missing="absent").splits["train"]
     assert [np.flatnonzero(kept.is_missing(name)).tolist() for name in ("text", "image")] == [[2], [3]]
@@ -195,7 +199,7 @@ def test_the_column_flag_also_names_built_in_modalities(data: Path) -> None:
 def test_a_named_column_that_no_table_has_is_refused(data: Path, option: dict[str, Any], on_missing: str) -> None:
     config = Data(path=str(data), on_missing=on_missing, **option)
     for reading in (load_data, check):
-        with pytest.raises(DataError, match=r"there is no column txt · train.jsonl, .* · fix: did you mean text\?"):
+        with pytest.raises(DataError, match=r"column not found: txt · train.jsonl, .* · fix: did you mean text\?"):
             reading(config)
 
 

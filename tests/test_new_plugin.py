@@ -111,7 +111,7 @@ def test_a_new_plugin_imports_only_public_names(fresh: tuple[Path, Path]) -> Non
         ("audio\n", "write audio"),
         ("", "choose a single word, for example audio"),
         ("音", "choose a single word, for example audio"),
-        ("tiny", "write tiny-2 or another name"),
+        ("tiny", "choose a different name, such as tiny-2"),
     ],
 )
 def test_an_invalid_package_name_is_refused_with_a_suggestion(tmp_path: Path, name: str, fix: str) -> None:

@@ -44,5 +44,5 @@ def test_an_adapter_can_be_opened_only_with_data(trained: Path, pairs: Path, tmp
     assert open_run(tmp_path / "adapter", data=pairs, device="cpu").step is None
     with pytest.raises(ConfigError, match="no data set was given"):
         open_run(tmp_path / "adapter", device="cpu")
-    with pytest.raises(CheckpointError, match="there is no run"):
+    with pytest.raises(CheckpointError, match="run not found"):
         open_run(tmp_path / "nowhere", device="cpu")

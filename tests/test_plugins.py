@@ -88,7 +88,7 @@ def test_built_ins_work_next_to_broken_plugins(site: Path) -> None:
     assert done.returncode == 0
     assert stdout_json(done)["fingerprint"] == stdout_json(call("encoders", "inspect", "tiny:vision", "--json"))["fingerprint"]
     assert done.stderr == (
-        "notice: the encoder scheme 'tiny' is the built-in one; that of mopefuse-evil is mopefuse-evil:tiny\n"
+        "notice: the built-in encoder scheme 'tiny' is used; for that of mopefuse-evil, write mopefuse-evil:tiny\n"
     )
     assert imported(site) == set()
 
@@ -320,7 +320,7 @@ def test_an_unknown_name_gives_a_suggestion_that_works(site: Path, here: pytest.
     add_site(here, site)
     with pytest.raises(ConfigError) as caught:
         registry.load(registry.FUSION, "bothh")
-    assert caught.value.what == "there is no fusion method 'bothh'"
+    assert caught.value.what == "unknown fusion method 'bothh'"
     names = registry.shortest_names(registry.FUSION)
     assert "both" not in names
     assert {"mopefuse-one:both", "mopefuse-two:both", "conditional"} <= names.keys()

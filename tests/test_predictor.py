@@ -135,8 +135,8 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str, str]] = {
     "another size": (lambda i: i | {"main_pixels": i["main_pixels"][:, :8]}, "MF-DATA-88", "Bx16x16x3"),
     "floats": (lambda i: i | {"main_pixels": i["main_pixels"] / 255}, "MF-DATA-88", "uint8"),
     "no batch": (lambda i: i | {"main_pixels": i["main_pixels"][0]}, "MF-DATA-88", "Bx16x16x3"),
-    "an empty batch": (lambda i: {name: array[:0] for name, array in i.items()}, "MF-DATA-88", "B from 1"),
-    "batches of two sizes": (lambda i: i | {"main_pixels": i["main_pixels"][:1]}, "MF-DATA-88", "the same B from 1"),
+    "an empty batch": (lambda i: {name: array[:0] for name, array in i.items()}, "MF-DATA-88", "batch size B >= 1"),
+    "batches of two sizes": (lambda i: i | {"main_pixels": i["main_pixels"][:1]}, "MF-DATA-88", "the same batch size B >= 1"),
     "ids of 32 bits": (lambda i: i | {"comp_ids": i["comp_ids"].astype(np.int32)}, "MF-DATA-88", "int64"),
     "a token that is not known": (lambda i: i | {"comp_ids": i["comp_ids"] + 10_000}, "MF-DATA-90", "valid ids are 0 to"),
     "a negative token": (lambda i: i | {"comp_ids": i["comp_ids"] - 5}, "MF-DATA-90", "token -"),
@@ -144,7 +144,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str, str]] = {
     "too long a text": (
         lambda i: i | {"comp_ids": np.ones((2, 99), np.int64), "comp_mask": np.ones((2, 99), bool)}, "MF-DATA-89", "1 to 32",
     ),
-    "a mask of another shape": (lambda i: i | {"comp_mask": i["comp_mask"][:, :1]}, "MF-DATA-89", "of one shape"),
+    "a mask of another shape": (lambda i: i | {"comp_mask": i["comp_mask"][:, :1]}, "MF-DATA-89", "of the same shape"),
     "a missing input": (lambda i: {name: i[name] for name in ("main_pixels", "comp_ids")}, "MF-DATA-87", "comp_mask"),
     "an unknown input": (lambda i: i | {"audio": i["comp_ids"]}, "MF-DATA-87", "audio"),
 }  # fmt: skip

@@ -246,7 +246,7 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
         os.environ["MOPEFUSE_CACHE"] = str(tmp_path / f"cache-{processes}")
         done = ranks(processes, "train", *common, "--out", tmp_path / str(processes))
         assert done.returncode == 0, done.stderr
-        assert "ran once for 16 different images" in done.stderr + done.stdout
+        assert "ran once for 16 distinct images" in done.stderr + done.stdout
     assert_same_course(tmp_path / "2", tmp_path / "1")
     shards = list((tmp_path / "cache-2").glob("prefixes/*/*"))
     assert len(shards) == 4, "each process computed a part of both splits"
@@ -304,7 +304,7 @@ def test_beyond_the_limit_the_cache_is_off_with_a_notice(data: Path, tmp_path: P
     assert code_of(lambda: train(settings(data, data__cache_prefix_limit=1e-4), tmp_path / "on")) == "MF-RES-360"
     notices = Notices()
     train(settings(data, "auto", data__cache_prefix_limit=0.00015), tmp_path / "enough", listener=notices)
-    assert "16 different images, 104 kB in float32, kept in the cache" in notices.about_prefixes[0]
+    assert "16 distinct images, 104 kB in float32, kept in the cache" in notices.about_prefixes[0]
 
 
 def test_the_cache_uses_at_most_half_of_the_free_space(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

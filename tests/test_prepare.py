@@ -287,11 +287,11 @@ def test_a_missing_file_is_an_error_that_names_the_files_found(tmp_path: Path) -
     (tmp_path / "source" / "snli_ve_train.jsonl").write_text("")
     with pytest.raises(DataError) as caught:
         prepare(SNLIVE, tmp_path / "source", tmp_path / "made")
-    assert caught.value.what == "there is no snli_ve_dev.jsonl; the folder contains snli_ve_train.jsonl"
-    assert caught.value.fix == "provide snli_ve_{train,dev,test}.jsonl and flickr30k_images/<Flickr30K_ID>.jpg"
-    with pytest.raises(DataError, match=r"there is no split\.json; the folder contains snli_ve_train\.jsonl"):
+    assert caught.value.what == "snli_ve_dev.jsonl not found; the folder contains snli_ve_train.jsonl"
+    assert caught.value.fix == "the folder must contain snli_ve_{train,dev,test}.jsonl and flickr30k_images/<Flickr30K_ID>.jpg"
+    with pytest.raises(DataError, match=r"^split\.json not found; the folder contains snli_ve_train\.jsonl"):
         prepare(MMIMDb, tmp_path / "source", tmp_path / "made")
-    with pytest.raises(DataError, match=r"there is no images/train; the folder contains snli_ve_train\.jsonl"):
+    with pytest.raises(DataError, match=r"^images/train not found; the folder contains snli_ve_train\.jsonl"):
         prepare(Food101, tmp_path / "source", tmp_path / "made")
 
 
@@ -310,10 +310,10 @@ def test_a_split_without_rows_is_an_error_that_says_why(tmp_path: Path) -> None:
         (Food101, {"premise": True}, "MF-DATA-60", "food101 has the options --text, --clean, --val, --seed"),
         (SNLIVE, {"text": "page"}, "MF-DATA-60", "snli-ve has the options --premise"),
         (MMIMDb, {"seed": 1}, "MF-DATA-60", "mm-imdb has no options"),
-        (Food101, {"val": "many"}, "MF-DATA-61", "give a number"),
-        (Food101, {"val": True}, "MF-DATA-61", "give a number"),
-        (Food101, {"clean": 1}, "MF-DATA-61", "give true or false"),
-        (Food101, {"text": 3}, "MF-DATA-61", "give text"),
+        (Food101, {"val": "many"}, "MF-DATA-61", "use an integer"),
+        (Food101, {"val": True}, "MF-DATA-61", "use an integer"),
+        (Food101, {"clean": 1}, "MF-DATA-61", "use true or false"),
+        (Food101, {"text": 3}, "MF-DATA-61", "use a text value"),
         (Food101, {"text": "pages"}, "MF-DATA-61", "use page or title"),
         (Food101, {"val": 0}, "MF-DATA-67", "pass --val 3"),
         (Food101, {"val": 5}, "MF-DATA-67", "pass --val 3"),
@@ -360,7 +360,7 @@ def test_a_plugin_needs_a_name_its_inputs_and_its_rows(tmp_path: Path) -> None:
     (tmp_path / "source/words" / os.fsdecode(b"t\xe9")).write_bytes(b"3")
     about = prepare(Anagrams, tmp_path / "source", tmp_path / "made")
     assert [row["label"] for row in rows_of(tmp_path / "made", "val")] == ["\n\\aet", "aet"]
-    assert about["skipped"] == {"id twice": 3, "name is not UTF-8": 3}
+    assert about["skipped"] == {"duplicate id": 3, "file name is not UTF-8": 3}
     assert (about["published"], about["seed"], about["labels"]) == ({}, None, 2)
     sums = (tmp_path / "made/SHA256SUMS").read_text().splitlines()
     assert sums == [

@@ -98,12 +98,12 @@ def test_splits_published_together_have_their_own_row(tmp_path: Path) -> None:
         (("prepare", "snli-ve", "SOURCE", "DEST", "--image", "copy"), 4, "fix: did you mean --images?"),
         (("prepare", "food101", "SOURCE", "DEST", "--text", "pages"), 4, "fix: use page or title"),
         (("make", "digit-questions", "DEST", "--train", "0"), 2, "--train"),
-        (("prepare", "snli-ve", "SOURCE", "DEST", "--clean"), 4, "fix: remove it; snli-ve has the options --premise"),
+        (("prepare", "snli-ve", "SOURCE", "DEST", "--clean"), 4, "fix: remove --clean; snli-ve has the options --premise"),
         (("prepare", "food101", "SOURCE", "DEST", "--premise"), 4, "food101 has no option --premise"),
         (("prepare", "mm-imdb", "SOURCE", "DEST", "--seed", "0"), 4, "mm-imdb has no options"),
-        (("prepare", "mm-imdb", "SOURCE", "DEST"), 4, "there is no split.json; the folder contains flickr30k_images"),
+        (("prepare", "mm-imdb", "SOURCE", "DEST"), 4, "split.json not found; the folder contains flickr30k_images"),
         (("prepare", "snli-ve", "SOURCE", "DEST", "--images", "move"), 4, "fix: use link or copy"),
-        (("prepare", "snli-ve", "nowhere", "DEST"), 4, "there is no source folder nowhere"),
+        (("prepare", "snli-ve", "nowhere", "DEST"), 4, "source folder not found: nowhere"),
         (("prepare", "food101", "SOURCE", "DEST", "--val", "0"), 2, "--val"),
         (("prepare", "food101", "SOURCE"), 2, "Missing argument 'DEST'"),
     ],
@@ -134,7 +134,7 @@ def test_an_option_that_clashes_with_the_command_is_a_plugin_error(monkeypatch: 
     monkeypatch.setattr(SNLIVE, "declared_options", (Option("images", 1, "Something else."),))
     done = call("data", "prepare", "snli-ve", "SOURCE", "DEST")
     assert done.returncode == 9
-    assert "the data set 'snli-ve' declares the option --images, which the command has already" in done.stderr
+    assert "the data set 'snli-ve' declares the option --images, which the command already has" in done.stderr
 
 
 def test_preparing_imports_no_torch(tmp_path: Path) -> None:

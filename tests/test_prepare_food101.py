@@ -77,16 +77,16 @@ def test_rows_are_images_with_their_pages(by_split: bool, tmp_path: Path) -> Non
     assert by_id(tmp_path / "made", "test") == expected("test", {name: texts[name] for name in TEST_ROWS})
     below = "texts_txt/train" if by_split else "texts_txt"
     assert skipped_in(tmp_path / "made") == [
-        ("images/train/apple_pie/apple_pie_11.jpg", None, "image without text"),
+        ("images/train/apple_pie/apple_pie_11.jpg", None, "image has no text"),
         (f"{below}/apple_pie/apple_pie_8.txt", None, "not UTF-8"),
         ("images/train/apple_pie/notes.html", None, "not a .jpg file"),
-        ("images/train/beignets/beignets_2.jpg", None, "image without text"),
-        ("images/train/beignets/beignets_4.jpg", None, "image without text"),
-        ("images/train/beignets/beignets_50.jpg", None, "image twice"),
+        ("images/train/beignets/beignets_2.jpg", None, "image has no text"),
+        ("images/train/beignets/beignets_4.jpg", None, "image has no text"),
+        ("images/train/beignets/beignets_50.jpg", None, "duplicate image"),
         ("images/train/beignets/waffles_1.jpg", None, "image name does not start with its class"),
-        ("images/train/miso_soup/miso_soup_77.jpg", None, "image without text"),
+        ("images/train/miso_soup/miso_soup_77.jpg", None, "image has no text"),
         ("images/train/stray.jpg", None, "not in the folder of a class"),
-        (f"{below}/apple_pie/apple_pie_98.txt", None, "text without image"),
+        (f"{below}/apple_pie/apple_pie_98.txt", None, "text has no image"),
     ]
     assert (about["options"]["text"], about["text"]) == ("page", "text of the page (the only text available)")
     sums = (tmp_path / "made" / "SHA256SUMS").read_text()
@@ -124,7 +124,7 @@ def test_a_missing_text_is_an_error_that_names_it(
     with pytest.raises(DataError) as caught:
         prepare(Food101, source, tmp_path / "made", {"val": 4} | ({"text": requested} if requested else {}))
     there = ", ".join(sorted(path.name for path in source.iterdir()))
-    assert (caught.value.code, caught.value.what) == ("MF-DATA-63", f"there is no {missing}; the folder contains {there}")
+    assert (caught.value.code, caught.value.what) == ("MF-DATA-63", f"{missing} not found; the folder contains {there}")
 
 
 # -- one line of a titles file

@@ -372,7 +372,7 @@ def naming(name: str) -> Callable[[bytes], bytes]:
 SPOILT: dict[str, tuple[dict[str, Any], str]] = {  # name of a file to its content, or to a function that changes it
     "no manifest": ({"manifest.json": None}, "does not hold a mopefuse model"),
     "a manifest that is no JSON": ({"manifest.json": b"<html>"}, "manifest.json is damaged"),
-    "no list of files": ({"manifest.json": b'{"format": 1, "kind": "adapter"}'}, "names no files"),
+    "no list of files": ({"manifest.json": b'{"format": 1, "kind": "adapter"}'}, "lists no files"),
     "a way up": ({"manifest.json": naming("../evil"), "../evil": b"evil"}, "outside its folder"),
     "an absolute path": ({"manifest.json": naming("/tmp/evil"), "/tmp/evil": b"evil"}, "outside its folder"),
     "other weights": ({"weights.safetensors": b"evil"}, "weights.safetensors has changed since it was written"),
@@ -382,7 +382,10 @@ SPOILT: dict[str, tuple[dict[str, Any], str]] = {  # name of a file to its conte
         {"manifest.json": lambda text: text.replace(b'"adapter"', b'"index"')},
         "does not hold a mopefuse model",
     ),
-    "a newer format": ({"manifest.json": lambda text: text.replace(b": 1,", b": 99,", 1)}, "made by a newer mopefuse"),
+    "a newer format": (
+        {"manifest.json": lambda text: text.replace(b": 1,", b": 99,", 1)},
+        "written by a newer version of mopefuse",
+    ),
 }
 
 

@@ -143,7 +143,7 @@ def test_a_plugin_is_found_and_loaded_by_its_name(install: Install) -> None:
 
 def test_a_built_in_takes_precedence_over_a_plugin_of_the_same_name(install: Install) -> None:
     install(claim("mopefuse-evil", "tiny", "plug_fails:X"))
-    with pytest.warns(Notice, match="'tiny' is the built-in one; that of mopefuse-evil is mopefuse-evil:tiny") as caught:
+    with pytest.warns(Notice, match="'tiny' is used; for that of mopefuse-evil, write mopefuse-evil:tiny") as caught:
         assert [load(ENCODERS, "tiny").__name__ for _ in range(3)] == ["TinyEncoder"] * 3
     assert len(caught) == 1
     assert [registry.distribution(point) for point in available(ENCODERS)["tiny"]] == ["mopefuse", "mopefuse-evil"]
@@ -222,7 +222,7 @@ def test_a_broken_plugin_is_an_error_with_its_distribution_only_when_it_is_used(
 
 @pytest.mark.parametrize(("group", "name", "near"), [(ENCODERS, "tmm", "timm"), (FUSION, "conditonal", "conditional")])
 def test_an_unknown_name_gets_a_suggestion(group: str, name: str, near: str) -> None:
-    with pytest.raises(MopefuseError, match=f"no .*{name}") as caught:
+    with pytest.raises(MopefuseError, match=f"unknown .*{name}") as caught:
         load(group, name)
     assert near in caught.value.fix
 

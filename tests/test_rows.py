@@ -82,11 +82,13 @@ def test_a_row_without_labels_is_a_target_of_zeros(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_or_split_is_an_error_that_names_existing_ones(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no data folder"):
+    with pytest.raises(DataError, match="data folder not found"):
         load(tmp_path / "no" / "where")
     for name in ("products.csv", "snd.csv"):
         (tmp_path / name).touch()
-    with pytest.raises(DataError, match=r"no data folder .* fix: did you mean [^,]*/products.csv\? Otherwise give a folder"):
+    with pytest.raises(
+        DataError, match=r"data folder not found: .* fix: did you mean [^,]*/products.csv\? Otherwise pass a folder"
+    ):
         load(tmp_path / "product.csv")
     write_rows(tmp_path / "train.jsonl", [GOOD])
     write_rows(tmp_path / "dev.jsonl", [GOOD])
@@ -170,7 +172,7 @@ def test_twenty_problems_are_listed_and_all_are_counted(tmp_path: Path) -> None:
 
 def test_rows_with_the_same_problem_are_reported_once_with_the_fix(tmp_path: Path) -> None:
     error = refused(split(tmp_path, "".join(line(id=i, img="") + "\n" for i in range(33)) + "x\n"))
-    assert error.what.startswith("34 bad rows: train.jsonl:1 img is empty, expected a string (use --on-missing ")
+    assert error.what.startswith("34 bad rows: train.jsonl:1 img is empty, expected a string (to accept such rows, add ")
     assert "(and 32 similar); train.jsonl:34 is not JSON" in error.what
     assert error.what.count("train.jsonl:") == 2 and error.fix.startswith("correct or remove them; ")
     same = refused(split(tmp_path, "x\n" * 33))
@@ -187,7 +189,7 @@ def test_the_most_similar_column_is_suggested(tmp_path: Path, name: str, hint: s
 
 def test_a_repeated_id_is_an_error_with_both_lines(tmp_path: Path) -> None:
     error = refused(split(tmp_path, f"{line(id='x')}\n{line(id='y')}\n{line(id='x')}\n"))
-    assert "train.jsonl:3 the id 'x' is there already, in line 1" in error.what
+    assert "train.jsonl:3 duplicate id 'x', first used on line 1" in error.what
 
 
 def test_rows_without_ids_are_numbered_by_line(tmp_path: Path) -> None:

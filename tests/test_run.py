@@ -112,7 +112,7 @@ def test_every_writing_method_respects_the_lock_of_a_running_process(tmp_path: P
         run.lock()
     assert caught.value.code == "MF-CFG-24"
     for resume in (True, False):
-        with pytest.raises(ConfigError, match="is writing this run"):
+        with pytest.raises(ConfigError, match="is already writing to this run"):
             run.prepare(resume=resume, overwrite=not resume)
     assert run.exists()
 
@@ -148,7 +148,7 @@ def test_a_lock_that_was_just_created_is_waited_for(tmp_path: Path) -> None:
     (run.path / ".lock").touch()
     owner = threading.Timer(0.02, lambda: lock_of(run, os.getppid()))
     owner.start()
-    with pytest.raises(ConfigError, match="is writing this run"):
+    with pytest.raises(ConfigError, match="is already writing to this run"):
         run.lock()
     owner.join()
 
@@ -250,7 +250,7 @@ def test_a_missing_checkpoint_is_an_error_that_names_existing_ones(tmp_path: Pat
     run = started(tmp_path / "run")
     if which not in ("best", "last"):
         save(run, 1)
-    with pytest.raises(CheckpointError, match="there is no checkpoint") as caught:
+    with pytest.raises(CheckpointError, match="checkpoint not found") as caught:
         run.checkpoint(which)
     assert ("step-1" if which not in ("best", "last") else "train the run") in caught.value.fix
 
@@ -270,7 +270,7 @@ def test_the_lock_of_a_zombie_process_is_taken_over(tmp_path: Path) -> None:
     folder.prepare(resume=False, overwrite=False)
     owner = {"pid": process.pid, "host": socket.gethostname(), "born": start_time(process.pid)}
     (tmp_path / "run" / ".lock").write_text(json.dumps(owner))
-    with pytest.raises(ConfigError, match="is writing this run"):
+    with pytest.raises(ConfigError, match="is already writing to this run"):
         folder.lock()
     os.kill(process.pid, signal.SIGKILL)
     assert str(process.pid) in folder.lock()

@@ -267,7 +267,7 @@ def test_a_dry_run_shows_finished_cells(undisturbed: Path, file: Path) -> None:
 
 def test_a_metric_that_the_data_do_not_have_is_refused_before_the_first_run(multi_pairs: Path, tmp_path: Path) -> None:
     study = read_study(str(write_study(tmp_path, multi_pairs, metric="accuracy")))
-    with pytest.raises(ConfigError, match="multi-label data has no metric 'accuracy'"):
+    with pytest.raises(ConfigError, match="metric 'accuracy' is not defined for multi-label data"):
         run_study(study, tmp_path / "out")
     assert not list((tmp_path / "out").glob("cells/*"))
 

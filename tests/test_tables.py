@@ -74,14 +74,14 @@ def test_every_format_gives_the_same_rows(pairs: Path, copy: Path, suffix: str) 
     assert content_of(load(copy)) == expected, "and the same from the cache"
 
 
-@pytest.mark.parametrize(("delimiter", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")])
+@pytest.mark.parametrize(("delimiter", "name"), [(";", "semicolon"), ("\t", "tab"), ("|", "vertical-bar")])
 def test_the_delimiter_of_a_csv_file_is_detected(copy: Path, delimiter: str, name: str) -> None:
     expected = content_of(load(copy))
     for split in SPLITS:
         rows = rows_of(copy, split)
         (copy / f"{split}.jsonl").unlink()
         write_csv(copy / f"{split}.csv", rows, delimiter)
-    with pytest.warns(Notice, match=f"train.csv is parsed as separated by {name}, not commas"):
+    with pytest.warns(Notice, match=f"train.csv is parsed as {name}-separated, not comma-separated"):
         assert content_of(load(copy)) == expected
     done = call("data", "check", copy)
     assert done.returncode == 0, done.stderr

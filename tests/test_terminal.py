@@ -53,7 +53,7 @@ def test_a_reader_that_stops_reading_is_not_an_error(trained: Path) -> None:
 def test_an_error_is_readable_everywhere(environment: dict[str, str]) -> None:
     done = run_cli("train", "--recipe", "日本.yaml", **environment)
     assert done.returncode == 3
-    assert done.stderr.startswith("error[MF-CFG-03]: there is no recipe ")
+    assert done.stderr.startswith("error[MF-CFG-03]: recipe not found: ")
     assert "Traceback" not in done.stderr
     assert "\ufffd" not in done.stderr
     done = run_cli("train", "--recipe", "日本.yaml", "--json", **environment)

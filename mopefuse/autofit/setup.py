@@ -22,7 +22,7 @@ from mopefuse.modalities.base import get_modality
 DEFAULT_ENCODERS = dict(zip(EXPECTED, ("hf:minilm", "hf:facebook/dinov2-small"), strict=True))
 """Small encoders by modality, used where none is named."""
 _VAL_FRACTION, _TEST_FRACTION = 0.1, 0.2
-_LOCAL_ENCODERS = "name encoders that are on this machine, such as --main hf:/models/dinov2-small --comp hf:/models/minilm"
+_LOCAL_ENCODERS = "use encoders that are on this machine, such as --main hf:/models/dinov2-small --comp hf:/models/minilm"
 
 
 def choose_data(path: Path, settings: Mapping[str, Any]) -> tuple[Data, list[str]]:
@@ -71,18 +71,18 @@ def choose_encoders(main: str | None, comp: Comp) -> tuple[dict[str, Any], list[
     free = sorted((name for name in EXPECTED if name not in read), key=lambda name: not get_modality(name).is_file)
     for side in [side for side, specs in given.items() if not specs]:
         if read and len(free) == len(EXPECTED):
-            what = f"there is no default encoder for another modality than {' and '.join(sorted(read))}"
-            raise EncoderError(EncoderCode.NO_DEFAULT_ENCODER, what, where=f"--{side}", fix="name both --main and --comp")
+            what = f"there is no default encoder to pair with {' and '.join(sorted(read))}"
+            raise EncoderError(EncoderCode.NO_DEFAULT_ENCODER, what, where=f"--{side}", fix="add both --main and --comp")
         spec = DEFAULT_ENCODERS[free.pop(0)]
         with _explained(spec):
-            lines[side] = [f"{_describe(spec)} (default)"]
+            lines[side] = [_describe(spec, "default")]
         given[side] = [spec]
     specs = {"main": given["main"][0], "comp": given["comp"][0] if len(given["comp"]) == 1 else given["comp"]}
     return specs, [f"{side}: {line}" for side in ("main", "comp") for line in lines[side]]
 
 
-def _describe(spec: str) -> str:
-    return f"{spec} reads {create_encoder(spec).modality}"
+def _describe(spec: str, *notes: str) -> str:
+    return f"{spec} ({', '.join([create_encoder(spec).modality, *notes])})"
 
 
 @contextmanager

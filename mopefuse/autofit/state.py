@@ -79,21 +79,23 @@ class FitFolder:
         """
         if resume and overwrite:
             what = "--resume and --overwrite contradict each other"
-            raise ConfigError(ConfigCode.RESUME_AND_OVERWRITE, what, fix="choose one")
+            raise ConfigError(ConfigCode.RESUME_AND_OVERWRITE, what, fix="remove one of them")
         is_fit = self._state_file.is_file()
         occupied = self.path.is_dir() and any(not item.name.startswith(".") for item in self.path.iterdir())
         if occupied and not is_fit:
             what = f"{self.path} is neither empty nor a folder that mopefuse fit wrote"
-            raise ConfigError(ConfigCode.BAD_FIT_FOLDER, what, where="--out", fix="choose another folder with --out")
+            raise ConfigError(ConfigCode.BAD_FIT_FOLDER, what, where="--out", fix="choose a different folder with --out")
         if occupied and not (resume or overwrite):
-            fix = "add --resume or --overwrite, or choose another --out"
+            fix = "add --resume or --overwrite, or choose a different --out"
             raise ConfigError(ConfigCode.RUN_FOLDER_NOT_EMPTY, f"{self.path} is not empty", where="--out", fix=fix)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             notice = self.run.lock()
         except OSError as error:
             what = f"{self.path} cannot be written: {error.strerror}"
-            raise ConfigError(ConfigCode.BAD_FIT_FOLDER, what, where="--out", fix="choose another folder with --out") from None
+            raise ConfigError(
+                ConfigCode.BAD_FIT_FOLDER, what, where="--out", fix="choose a different folder with --out"
+            ) from None
         try:
             if overwrite:
                 self._empty()
@@ -113,7 +115,7 @@ class FitFolder:
             self.settings, self.spent = dict(facts["settings"]), float(facts["spent"])
             self.entries = {entry["name"]: Entry(**entry) for entry in facts["candidates"]}
         except (KeyError, TypeError, ValueError):
-            what, fix = f"{STATE_FILE} is damaged", "begin again with --overwrite"
+            what, fix = f"{STATE_FILE} is damaged", "start over with --overwrite"
             raise CheckpointError(CheckpointCode.CONTENT_DAMAGED, what, where=str(self.path), fix=fix) from None
 
     def begin(self, settings: Mapping[str, Any]) -> None:
@@ -126,7 +128,7 @@ class FitFolder:
         differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if self.settings and differing:
             what = f"a resumed fit cannot change {', '.join(differing)}"
-            fix = "resume without this change, or begin again with --overwrite"
+            fix = "resume without this change, or start over with --overwrite"
             raise ConfigError(ConfigCode.FIT_HAS_OTHER_SETTINGS, what, where="--resume", fix=fix)
         self.settings = dict(settings)
         self.candidates.mkdir(exist_ok=True)

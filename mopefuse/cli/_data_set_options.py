@@ -74,7 +74,7 @@ def given_options(ctx: typer.Context) -> dict[str, Any]:
     """
     if _CLASH in ctx.meta:
         name, flag = ctx.meta[_CLASH]
-        what = f"the data set {name!r} declares the option {flag}, which the command has already"
+        what = f"the data set {name!r} declares the option {flag}, which the command already has"
         raise PluginError(PluginCode.OPTION_NAME_TAKEN, what, where=name, fix="rename the option in the plugin")
     return dict(ctx.meta.get(_GIVEN, {}))
 

@@ -85,20 +85,20 @@ def _check(
     from mopefuse.runs.locate import find_run, kind_of, locate
 
     if not single and (out or gated):
-        fix = "leave it out, or give one share, such as text=0.7"
+        fix = "remove this flag, or use a single share, such as --missing text=0.7"
         raise ConfigError(
             ConfigCode.GRID_HAS_NO_SINGLE_RESULT,
-            "--missing grid has more than one result",
+            "--out and --min need a single result, but --missing grid gives several",
             where="--out" if out else "--min",
             fix=fix,
         )
     if settings and data is None:
         what = "column options apply only to --data"
-        fix = "leave it out, or name other data with --data"
+        fix = "remove them, or add --data DIR"
         raise ConfigError(ConfigCode.COLUMNS_OF_OWN_DATA, what, where=", ".join(map(flag_of, settings)), fix=fix)
     if split not in _SPLITS:
         raise ConfigError(
-            ConfigCode.NO_SUCH_SPLIT, f"there is no split {split!r}", where="--split", fix=did_you_mean(split, _SPLITS)
+            ConfigCode.NO_SUCH_SPLIT, f"unknown split {split!r}", where="--split", fix=did_you_mean(split, _SPLITS)
         )
     folder = locate(run)
     if kind_of(folder) != "bundle":

@@ -48,7 +48,7 @@ def export(
         _verify(exported, json=json)
         return
     if exported is not None or out is None:
-        what = "no folder to write given" if out is None else "two folders given"
+        what = "no output folder given" if out is None else "two folders given"
         fix = "write mopefuse export RUN -o OUT, or mopefuse export verify FOLDER"
         raise ConfigError(ConfigCode.NOT_ONE_OUTPUT, what, where="export", fix=fix)
     from mopefuse.export.export import export as run_export

@@ -84,13 +84,13 @@ def _check(source: str | None, image: Path | None, text: str | None, out: Path |
 
     if (source is None) == (image is None and text is None):
         what = "no input given" if source is None else "both INPUT and --image or --text given"
-        raise ConfigError(ConfigCode.NOT_ONE_INPUT, what, where="predict", fix="give a table, or give --image and --text")
+        raise ConfigError(ConfigCode.NOT_ONE_INPUT, what, where="predict", fix="pass a table, or --image and --text")
     if out is not None and out.suffix not in (".jsonl", ".csv"):
         raise ConfigError(
             ConfigCode.UNKNOWN_OUTPUT_SUFFIX,
             f"{out.name} is neither .jsonl nor .csv",
             where="--out",
-            fix="end the name in .jsonl or .csv",
+            fix="use a file name that ends in .jsonl or .csv",
         )
     if out is not None:
         check_file(out)
@@ -98,9 +98,9 @@ def _check(source: str | None, image: Path | None, text: str | None, out: Path |
         return
     path = Path(source)
     if not path.is_file():
-        what, fix = f"there is no file {source}", "give a table of rows, or - for stdin"
+        what, fix = f"file not found: {source}", "pass a table of rows, or - for stdin"
         if path.is_dir():
-            what, fix = f"{source} is a folder", f"give a table in it, such as {path / 'test.jsonl'}"
+            what, fix = f"{source} is a folder", f"pass a table in it, such as {path / 'test.jsonl'}"
         raise ConfigError(ConfigCode.BAD_PREDICT_INPUT, what, where="predict", fix=fix)
     if path.suffix.lower() in _IMAGES:
         fix = f"write --image {source} --text TEXT"
@@ -122,8 +122,8 @@ def _summarise(count: int, errors: list[dict[str, str]], source: str) -> None:
     if errors and len(errors) == count:
         what = f"could not read any of {rows}; first error: {errors[0]['message']}"
         all_missing = {error["code"] for error in errors} == {MISSING}
-        fix = "give the folder of the files with --image-root DIR" if all_missing else errors[0]["hint"]
-        raise DataError(DataCode.NO_ROW_READABLE, what, where=source, fix=fix or "give a table of rows")
+        fix = "add --image-root DIR, the folder of the files" if all_missing else errors[0]["hint"]
+        raise DataError(DataCode.NO_ROW_READABLE, what, where=source, fix=fix or "pass a table of rows")
     if errors:
         rows += f", {len(errors)} of which could not be read (see the field error); first error: {errors[0]['message']}"
     err().print(rows, markup=False)

@@ -41,7 +41,7 @@ def push(
         for name, length in parcel.files.items():
             console.print(f"  {name}  {size(length)}", markup=False)
         for spec in parcel.local:
-            console.print(f"{spec} is a local folder: other users give their own copy with --main or --comp", markup=False)
+            console.print(f"{spec} is a local folder: other users must pass their own copy with --main or --comp", markup=False)
         if not (dry_run or yes) and sys.stdin.isatty() and not typer.confirm("upload these files?", err=True):
             raise typer.Exit(1)
         url = None if dry_run else send(parcel)

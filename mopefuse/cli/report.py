@@ -80,7 +80,7 @@ def _refuse(context: typer.Context, names: tuple[str, ...], kind: str) -> None:
             ConfigCode.REPORT_OPTION_NOT_APPLICABLE,
             f"--{given[0]} does not apply to a {kind}",
             where=f"--{given[0]}",
-            fix="remove it",
+            fix=f"remove --{given[0]}",
         )
 
 

@@ -146,8 +146,8 @@ def _checked(values: Mapping[str, Any]) -> Settings:
         column, path = columns.pop(modality, None), f"data.{setting}"
         if column is not None and given.get(path, column) != column:
             flag = flag_of(path)
-            what = f"{flag} {given[path]} and --column {modality}={column} give two columns for one modality"
-            raise ConfigError(ConfigCode.COLUMN_NAMED_TWICE, what, where=f"{flag}, --column", fix="leave one of them out")
+            what = f"{flag} {given[path]} and --column {modality}={column} specify two columns for one modality"
+            raise ConfigError(ConfigCode.COLUMN_NAMED_TWICE, what, where=f"{flag}, --column", fix="remove one of them")
         given |= {path: column} if column is not None else {}
     return given | ({"data.columns": columns} if columns else {})
 
@@ -157,7 +157,7 @@ def _require_folder(root: str) -> None:
 
     if not Path(root).is_dir():
         raise ConfigError(
-            ConfigCode.PARENT_FOLDER_MISSING, f"there is no folder {root}", where="--image-root", fix="check the path"
+            ConfigCode.PARENT_FOLDER_MISSING, f"folder not found: {root}", where="--image-root", fix="check the path"
         )
 
 
@@ -173,7 +173,7 @@ def _parse_columns(texts: list[str]) -> dict[str, str]:
     for text in texts:
         modality, _, name = (part.strip() for part in text.partition("="))
         if not (modality and name) or modality in found:
-            fix = "write each once, as --column MODALITY=NAME, for example --column audio=clip"
+            fix = "write each once, in the form --column MODALITY=NAME, for example --column audio=clip"
             raise ConfigError(ConfigCode.BAD_COLUMN_OPTION, f"cannot read the column {text!r}", where="--column", fix=fix)
         found[modality] = name
     return found

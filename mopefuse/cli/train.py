@@ -81,7 +81,10 @@ def _resolve(
         )
     if resume and "main" not in settings and recipe is None and not folder.exists():
         raise ConfigError(
-            ConfigCode.NO_RUN_TO_RESUME, f"there is no run {folder.path}", where="--resume", fix="name the folder of a run"
+            ConfigCode.NO_RUN_TO_RESUME,
+            f"run not found: {folder.path}",
+            where="--resume",
+            fix="pass the folder of a run with --out",
         )
     saved = folder.config() if resume and folder.exists() else None
     config = resolve(recipe=recipe, flags=settings, sets=sets, saved=saved)

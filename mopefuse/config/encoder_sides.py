@@ -58,7 +58,10 @@ def specs_by_side(main: str | None, comp: Comp, modality_of: Mapping[str, str]) 
         side = _find_side(match[1] if match else None, text, sides, modality_of)
         if side in named:
             raise ConfigError(
-                ConfigCode.COMP_NAMED_TWICE, f"--comp names {side} twice", where=f"--comp {text}", fix="name each encoder once"
+                ConfigCode.COMP_NAMED_TWICE,
+                f"--comp specifies {side} twice",
+                where=f"--comp {text}",
+                fix="specify each encoder once",
             )
         named[side] = text[match.end() :] if match else text
     return named
@@ -71,9 +74,9 @@ def _find_side(address: str | None, text: str, sides: Sequence[str], modality_of
     if len(found) == 1:
         return found[0]
     known = ", ".join(f"{number}= ({modality_of[side]})" for number, side in enumerate(sides, start=1))
-    what = f"there are {len(sides)} complementary encoders, and {text} does not say which one is meant"
+    what = f"{text} is ambiguous: there are {len(sides)} complementary encoders"
     if address is not None and not found:
-        what = f"there is no complementary encoder {address}"
+        what = f"unknown complementary encoder {address}"
     raise ConfigError(ConfigCode.UNKNOWN_COMP_SIDE, what, where=f"--comp {text}", fix=f"write one of {known} before the spec")
 
 

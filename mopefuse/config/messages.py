@@ -158,7 +158,7 @@ def invalid_settings_error(
     """
     details = error.errors(include_url=False)
     chosen = [near for detail in details for near in _near_choice(detail)]
-    fix = f"did you mean {', '.join(chosen)}?" if len(chosen) == len(details) else "correct the settings named"
+    fix = f"did you mean {', '.join(chosen)}?" if len(chosen) == len(details) else "correct these settings"
     if all(detail["type"] == "missing" for detail in details):
         fix = f"add {' '.join(_example(detail, model, names) for detail in details)}"
     return ConfigError(ConfigCode.INVALID_SETTINGS, "; ".join(_problems(details, model, values, names)), where=source, fix=fix)

@@ -89,7 +89,7 @@ def read_yaml(text: str, source: str) -> Any:
             ConfigCode.RECIPE_NOT_YAML,
             f"not a valid recipe: the character {chr(error.character)!r} is not allowed",
             where=f"{source}:{len(lines)}:{len(lines[-1]) + 1}",
-            fix="remove it",
+            fix="remove the character",
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(
@@ -109,9 +109,11 @@ def read_recipe(path: Path, *, saved: bool = False) -> dict[str, Any]:
     except (UnicodeDecodeError, OSError) as error:
         if saved:
             what = f"{path.name} is damaged: {error}"
-            raise CheckpointError(CheckpointCode.CONTENT_DAMAGED, what, where=str(path), fix="use another copy") from None
+            raise CheckpointError(
+                CheckpointCode.CONTENT_DAMAGED, what, where=str(path), fix="restore the original file"
+            ) from None
         raise ConfigError(
-            ConfigCode.RECIPE_UNREADABLE, f"cannot read the recipe: {error}", where=str(path), fix="give a readable UTF-8 file"
+            ConfigCode.RECIPE_UNREADABLE, f"cannot read the recipe: {error}", where=str(path), fix="pass a readable UTF-8 file"
         ) from None
     values = read_yaml(text, str(path))
     if values is None:
@@ -160,7 +162,7 @@ def _check_path(path: tuple[str, ...]) -> None:
             where = ".".join(path[: depth + 1])
             fix = near_setting(RunConfig, path[: depth + 1])
             raise ConfigError(
-                ConfigCode.UNKNOWN_SETTING, f"there is no setting {where}", where=f"--set {'.'.join(path)}", fix=fix
+                ConfigCode.UNKNOWN_SETTING, f"unknown setting {where}", where=f"--set {'.'.join(path)}", fix=fix
             )
     if known_keys(path):
         raise ConfigError(
@@ -216,9 +218,9 @@ def find_recipe(name: str) -> Path:
     if path.exists():
         return path
     found, known = _named(name, "**/*.yaml")
-    fix = did_you_mean(name, [other for other in known if not other.startswith("studies/")]) or "give a YAML file"
+    fix = did_you_mean(name, [other for other in known if not other.startswith("studies/")]) or "pass a YAML file"
     if found is None:
-        raise ConfigError(ConfigCode.RECIPE_UNREADABLE, f"there is no recipe {name}", where="--recipe", fix=fix)
+        raise ConfigError(ConfigCode.RECIPE_UNREADABLE, f"recipe not found: {name}", where="--recipe", fix=fix)
     return found
 
 
@@ -233,8 +235,8 @@ def find_study(name: str) -> Path:
         return path
     found, known = _named(f"studies/{name}", "studies/*.yaml")
     if found is None:
-        fix = did_you_mean(name, [other.removeprefix("studies/") for other in known]) or "give a YAML file"
-        raise ConfigError(ConfigCode.RECIPE_UNREADABLE, f"there is no study {name}", where="FILE", fix=fix)
+        fix = did_you_mean(name, [other.removeprefix("studies/") for other in known]) or "pass a YAML file"
+        raise ConfigError(ConfigCode.RECIPE_UNREADABLE, f"study not found: {name}", where="FILE", fix=fix)
     return found
 
 

@@ -79,7 +79,7 @@ def verify(folder: Path, *, kind: str, thorough: bool = True) -> dict[str, Any]:
                 CheckpointCode.FILE_DAMAGED,
                 f"{name} has changed since it was written (sha256 differs)",
                 where=str(folder),
-                fix="use another checkpoint",
+                fix="restore the original file, or use a different checkpoint",
             )
     extra = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHTS and path.name not in files)
     if extra:
@@ -87,7 +87,7 @@ def verify(folder: Path, *, kind: str, thorough: bool = True) -> dict[str, Any]:
             CheckpointCode.FILE_DAMAGED,
             f"{extra[0]} is not listed in the manifest",
             where=str(folder),
-            fix="use another checkpoint",
+            fix="restore the original file, or use a different checkpoint",
         )
     return manifest
 
@@ -100,11 +100,12 @@ def check_manifest(manifest: dict[str, Any], kind: str, where: str) -> dict[str,
     """
     if manifest.get("kind") != kind or type(manifest.get("format")) is not int or manifest["format"] < 1:
         raise CheckpointError(
-            CheckpointCode.NOT_OURS, f"this is not a mopefuse {kind}", where=where, fix=f"give a mopefuse {kind}"
+            CheckpointCode.NOT_OURS, f"this is not a mopefuse {kind}", where=where, fix=f"pass the folder of a mopefuse {kind}"
         )
     if manifest["format"] > FORMAT:
         by = f" {manifest['mopefuse']}" if isinstance(manifest.get("mopefuse"), str) else ""
-        what = f"made by a newer mopefuse{by} (format {manifest['format']}); this version reads up to format {FORMAT}"
+        found = manifest["format"]
+        what = f"written by a newer version of mopefuse{by} (format {found}); this version reads formats up to {FORMAT}"
         raise CheckpointError(CheckpointCode.NEWER_FORMAT, what, where=where, fix="upgrade mopefuse")
     return manifest
 
@@ -118,15 +119,18 @@ def listed_files(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise CheckpointError(
-            CheckpointCode.CONTENT_DAMAGED, "the manifest names no files", where=str(folder), fix="use another checkpoint"
+            CheckpointCode.CONTENT_DAMAGED,
+            "the manifest lists no files",
+            where=str(folder),
+            fix="restore the original file, or use a different checkpoint",
         )
     for name in files:
         if "\0" in name or "\\" in name or not _inside(folder, name):
             raise CheckpointError(
                 CheckpointCode.CONTENT_DAMAGED,
-                f"the manifest names {name!r}, outside its folder",
+                f"the manifest lists {name!r}, which is outside its folder",
                 where=str(folder),
-                fix="do not use it",
+                fix="do not load this folder; ask its author for a correct one",
             )
     return files
 
@@ -159,18 +163,21 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(read_regular(path).decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            CheckpointCode.NOT_FOUND, f"there is no {path.name}", where=str(path.parent), fix="give a finished run"
+            CheckpointCode.NOT_FOUND,
+            f"file not found: {path.name}",
+            where=str(path.parent),
+            fix="pass the folder of a finished run",
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            CheckpointCode.CONTENT_DAMAGED, f"{path.name} is damaged: {error}", where=str(path), fix="use another copy"
+            CheckpointCode.CONTENT_DAMAGED, f"{path.name} is damaged: {error}", where=str(path), fix="restore the original file"
         ) from None
     if not isinstance(value, dict):
         raise CheckpointError(
             CheckpointCode.CONTENT_DAMAGED,
             f"{path.name} is damaged: not a JSON object",
             where=str(path),
-            fix="use another copy",
+            fix="restore the original file",
         )
     return value
 
@@ -188,7 +195,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         what = f"{path.name} cannot be read: {error.strerror}"
         raise CheckpointError(
-            CheckpointCode.CONTENT_DAMAGED, what, where=str(path), fix="restore that file, or use another copy"
+            CheckpointCode.CONTENT_DAMAGED, what, where=str(path), fix="restore the original file"
         ) from None
 
 

@@ -92,7 +92,7 @@ def check_parent(path: Path, where: str = "--out") -> None:
     """
     nearest = next(parent for parent in path.absolute().parents if parent.exists() or parent.is_symlink())
     if not nearest.is_dir():
-        raise ConfigError(ConfigCode.NOT_A_FOLDER, f"{nearest} is not a folder", where=where, fix="choose another path")
+        raise ConfigError(ConfigCode.NOT_A_FOLDER, f"{nearest} is not a folder", where=where, fix="choose a different path")
 
 
 def check_file(path: Path, where: str = "--out") -> None:
@@ -103,7 +103,9 @@ def check_file(path: Path, where: str = "--out") -> None:
     """
     check_parent(path, where)
     if path.is_dir():
-        raise ConfigError(ConfigCode.FILE_IS_A_FOLDER, f"{path} is a folder", where=where, fix="give the name of a file")
+        raise ConfigError(
+            ConfigCode.FILE_IS_A_FOLDER, f"{path} is a folder", where=where, fix="pass the path of a file, not of a folder"
+        )
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> int:
@@ -166,7 +168,7 @@ def disk_error(error: OSError, path: Path) -> ResourceError:
     reason = error.strerror or str(error)
     reason = reason.rpartition("I/O error: ")[2].partition(" (os error")[0]  # the wording of safetensors
     full = "No space" in reason or error.errno in (errno.ENOSPC, errno.EDQUOT)
-    fix = FREE_SPACE if full else "make the folder writable, or choose another"
+    fix = FREE_SPACE if full else "make the folder writable, or choose a different one"
     return ResourceError(
         ResourceCode.CANNOT_WRITE, f"cannot write {path.name}: {reason} (free {free:.1f} MB)", where=str(path.parent), fix=fix
     )

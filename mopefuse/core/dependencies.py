@@ -95,7 +95,7 @@ def convert_error(error: Exception) -> MopefuseError | None:
         )
     if isinstance(error, OSError) and error.filename is not None:
         return ConfigError(
-            ConfigCode.PATH_NOT_USABLE, f"{error.strerror}: {error.filename}", fix="give a path that can be used"
+            ConfigCode.PATH_NOT_USABLE, f"{error.strerror}: {error.filename}", fix="use a valid path"
         )
     return None
 

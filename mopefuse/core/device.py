@@ -28,7 +28,7 @@ def resolve(name: str) -> torch.device:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name, re.ASCII):
         raise ConfigError(
             ConfigCode.NO_SUCH_DEVICE,
-            f"there is no device {name!r}",
+            f"unknown device {name!r}",
             where="device",
             fix="write auto, cpu, cuda, cuda:N or mps",
         )
@@ -45,7 +45,7 @@ def resolve(name: str) -> torch.device:
         found = f"{count} CUDA device{'s' if count != 1 else ''}"
         raise ConfigError(
             ConfigCode.NO_SUCH_DEVICE,
-            f"there is no device {name} (this machine has {found})",
+            f"device not found: {name} (this machine has {found})",
             where="device",
             fix="use --device auto",
         )

@@ -98,10 +98,12 @@ class FolderLock:
 
     def _locked_error(self, owner: dict[str, Any] | None) -> ConfigError:
         who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
-        fix = "wait for it, or choose another --out"
+        fix = "wait for it to finish, or choose a different --out"
         if owner and owner["host"] != socket.gethostname():
             fix += f"; if that process has ended, remove {self.file}"
-        return ConfigError(ConfigCode.RUN_FOLDER_IN_USE, f"{who} is writing this run", where=str(self.folder), fix=fix)
+        return ConfigError(
+            ConfigCode.RUN_FOLDER_IN_USE, f"{who} is already writing to this run", where=str(self.folder), fix=fix
+        )
 
 
 def _is_other_process(owner: dict[str, Any] | None) -> bool:

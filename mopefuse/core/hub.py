@@ -137,7 +137,7 @@ def fetch_safetensors(repo: str, revision: str | None = None, *, where: str) -> 
                 EncoderCode.BROKEN_DOWNLOAD,
                 f"{repo} lacks {part}, which is listed in its index",
                 where=where,
-                fix="use another revision",
+                fix="use a different revision: NAME@REVISION",
             )
     return index
 
@@ -167,11 +167,11 @@ def _meaning(error: Exception, status: int | None, repo: str, revision: str | No
     if isinstance(error, RepositoryNotFoundError) and status == 401:
         return (
             EncoderCode.NOT_VISIBLE,
-            f"there is no repository {repo}, or it is private and no token was given",
+            f"repository {repo} not found, or it is private and no token was given",
             "check the spelling, or set HF_TOKEN",
         )
     if isinstance(error, RepositoryNotFoundError):
-        return EncoderCode.NOT_FOUND, f"there is no repository {repo} that your token can see", "check the spelling"
+        return EncoderCode.NOT_FOUND, f"repository {repo} not found, or your token has no access to it", "check the spelling"
     if isinstance(error, RevisionNotFoundError):
         return (
             EncoderCode.NO_REVISION,
@@ -183,7 +183,11 @@ def _meaning(error: Exception, status: int | None, repo: str, revision: str | No
     if isinstance(error, HfHubHTTPError) and status == 401:
         return EncoderCode.BAD_TOKEN, f"the hub does not accept your token for {repo}", "renew HF_TOKEN, or unset it"
     if isinstance(error, HfHubHTTPError) and status == 403:
-        return EncoderCode.FORBIDDEN, f"your token may not read {repo}", "use a token with permission to read it"
+        return (
+            EncoderCode.FORBIDDEN,
+            f"your token has no permission to read {repo}",
+            "set HF_TOKEN to a token with read permission",
+        )
     if isinstance(error, HfHubHTTPError):
         return EncoderCode.HUB_FAILED, f"the hub returned an error for {repo} (HTTP {status})", "try again later"
     return (

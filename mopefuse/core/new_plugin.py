@@ -60,11 +60,17 @@ def new(name: str, out: Path) -> Path:
     folder = out / f"mopefuse-{name}"
     if os.path.lexists(folder):
         raise PluginError(
-            PluginCode.FOLDER_EXISTS, f"{folder} already exists", where="--out", fix="choose another folder, or remove that one"
+            PluginCode.FOLDER_EXISTS,
+            f"{folder} already exists",
+            where="--out",
+            fix="choose a different folder, or remove this one",
         )
     if not out.is_dir():
         raise PluginError(
-            PluginCode.NO_PARENT_FOLDER, f"there is no folder {out}", where="--out", fix="create it, or choose another folder"
+            PluginCode.NO_PARENT_FOLDER,
+            f"folder not found: {out}",
+            where="--out",
+            fix="create it, or choose a different folder",
         )
     words = {"name": name, "module": f"mopefuse_{name.replace('-', '_')}"}
     words["encoder"] = "".join(part.capitalize() for part in name.split("-")) + "Encoder"
@@ -92,5 +98,5 @@ def _check_name(name: str) -> None:
             PluginCode.BUILT_IN_NAME,
             f"{name} is a built-in encoder scheme",
             where="NAME",
-            fix=f"write {name}-2 or another name",
+            fix=f"choose a different name, such as {name}-2",
         )

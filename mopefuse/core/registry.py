@@ -75,7 +75,7 @@ def parse_spec(text: str) -> Spec:
                 ConfigCode.BAD_SPEC_OPTION,
                 f"cannot read the option {pair!r}",
                 where=text,
-                fix="write each option once, as ?key=value&key=value",
+                fix="write each option once, in the form ?key=value&key=value",
             )
         options[key] = value
     return Spec(*_scheme_and_name(scheme, name), options)
@@ -265,8 +265,8 @@ def _unknown(group: str, name: str) -> MopefuseError:
     if is_full:
         return PluginError(PluginCode.NOT_INSTALLED, f"the plugin {owner} is not installed", where=name, fix=near)
     if group == ENCODERS:
-        return EncoderError(EncoderCode.UNKNOWN_SCHEME, f"there is no scheme {name!r}", fix=near)
-    return ConfigError(ConfigCode.UNKNOWN_NAME, f"there is no {KINDS[group]} {name!r}", fix=near)
+        return EncoderError(EncoderCode.UNKNOWN_SCHEME, f"unknown scheme {name!r}", fix=near)
+    return ConfigError(ConfigCode.UNKNOWN_NAME, f"unknown {KINDS[group]} {name!r}", fix=near)
 
 
 @cache
@@ -274,7 +274,7 @@ def _warn_of_shadowed(group: str, name: str) -> None:
     """Warn once that plugins provide the name of a built-in."""
     others = sorted({distribution(point) for point in available(group)[name]} - {OURS})
     if others:
-        what = f"the {KINDS[group]} {name!r} is the built-in one; that of {' and '.join(others)} is {others[0]}:{name}"
+        what = f"the built-in {KINDS[group]} {name!r} is used; for that of {' and '.join(others)}, write {others[0]}:{name}"
         warnings.warn(what, Notice, stacklevel=3)
 
 

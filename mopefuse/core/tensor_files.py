@@ -31,7 +31,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             CheckpointCode.FILE_DAMAGED,
             f"{path.name} is damaged: {error}",
             where=str(path),
-            fix="use another copy or checkpoint",
+            fix="restore the original file, or use a different checkpoint",
         ) from None
 
 
@@ -49,7 +49,7 @@ def check_tensors(path: Path) -> None:
             CheckpointCode.NOT_FOUND,
             f"the weights cannot be read: {error.strerror}",
             where=str(path),
-            fix="give an existing file",
+            fix="pass an existing file",
         ) from None
     if head[8:] == b"{":  # after eight bytes of header length
         return
@@ -64,7 +64,7 @@ def check_tensors(path: Path) -> None:
         CheckpointCode.FILE_DAMAGED,
         f"{path.name} is damaged: not in safetensors format",
         where=str(path),
-        fix="use another copy or checkpoint",
+        fix="restore the original file, or use a different checkpoint",
     )
 
 

@@ -85,9 +85,9 @@ class Source(ABC):
         has = ", ".join(names[:12]) + (", …" if len(names) > 12 else "") if names else "nothing"
         return DataError(
             DataCode.SOURCE_FILE_MISSING,
-            f"there is no {missing}; the folder contains {has}",
+            f"{missing} not found; the folder contains {has}",
             where=str(self.folder.root),
-            fix=f"provide {self.layout}",
+            fix=f"the folder must contain {self.layout}",
         )
 
 

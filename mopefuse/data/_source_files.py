@@ -34,8 +34,8 @@ class SourceFolder:
         self.sums: dict[str, str] = {}
         self._folders: dict[str, Path] = {}
         if not self.root.is_dir():
-            fix = "name the folder that has the files as they were distributed"
-            raise DataError(DataCode.SOURCE_UNREADABLE, f"there is no source folder {root}", fix=fix)
+            fix = "pass the folder with the files as they were distributed"
+            raise DataError(DataCode.SOURCE_UNREADABLE, f"source folder not found: {root}", fix=fix)
 
     def names(self, folder: str = "") -> list[str]:
         """List a folder, sorted, without hidden names; empty if it is not a folder."""
@@ -77,7 +77,7 @@ class SourceFolder:
     def _open(self, name: str) -> BinaryIO:
         path = self.path(name)
         if path is None:
-            raise DataError(DataCode.SOURCE_UNREADABLE, f"there is no file {name}", where=str(self.root), fix="provide it")
+            raise DataError(DataCode.SOURCE_UNREADABLE, f"file not found: {name}", where=str(self.root), fix="add this file")
         with _readable(path):
             return path.open("rb")
 
@@ -92,7 +92,7 @@ class SourceFolder:
 
     def _inside(self, path: Path, name: str) -> Path:
         if not path.is_relative_to(self.root):
-            fix = "put the files themselves there, or name the folder that has them"
+            fix = "put the files themselves there, or pass the folder that contains them"
             raise UnsafePathError(
                 PathCode.OUTSIDE_SOURCE, f"{name} leads outside the source folder", where=str(self.root), fix=fix
             )

@@ -325,7 +325,7 @@ class _Reading:
     def _missing_split(self, name: str) -> Finding:
         where, hint = str(self.path), missing_split_hint(name, self.path, self.config)
         if name == "test":
-            return Finding(kind="missing-test", split=name, where=where, message="there is no test split", hint=hint)
+            return Finding(kind="missing-test", split=name, where=where, message="the test split is missing", hint=hint)
         message = f"the {name} split is missing"
         return Finding(kind="missing-split", split=name, where=where, message=message, hint=hint, code=DataCode.NO_SPLIT.text)
 

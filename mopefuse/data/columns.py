@@ -73,7 +73,7 @@ def _refuse_label_column(modalities: tuple[str, ...], config: DataConfig) -> tup
     for name in modalities:
         if column_of(name, config) == config.label_col:
             what = f"the column {config.label_col} is used both as the label and as {name}"
-            fix = f"choose another column with --label-col or {flag_for(name, 'NAME')}"
+            fix = f"choose a different column with --label-col or {flag_for(name, 'NAME')}"
             raise ConfigError(ConfigCode.LABEL_COLUMN_IS_INPUT, what, where="data.label_col", fix=fix)
     return modalities
 
@@ -93,7 +93,7 @@ def _refuse_absent_columns(absent: Sequence[str], tables: Sequence[Table]) -> No
     near = [other for column in absent for other in similar_names(column, present, most=1)]
     fix = f"did you mean {', '.join(near)}?" if near else did_you_mean("", present)
     raise DataError(
-        DataCode.NO_COLUMN, f"there is no column {' or '.join(absent)}", where=", ".join(t.file for t in tables), fix=fix
+        DataCode.NO_COLUMN, f"column not found: {' or '.join(absent)}", where=", ".join(t.file for t in tables), fix=fix
     )
 
 
@@ -109,7 +109,7 @@ def require_column(who: str, name: str, modalities: Sequence[str], *, where: str
     """
     if name not in modalities:
         what = f"{who} reads {name}, but rows have {' and '.join(modalities)}"
-        fix = f"name the column of {name} with {flag_for(name, 'NAME')}, or use an encoder of another modality"
+        fix = f"specify the column of {name} with {flag_for(name, 'NAME')}, or use an encoder of a different modality"
         raise ConfigError(ConfigCode.MODALITY_NOT_IN_DATA, what, where=where, fix=fix)
 
 

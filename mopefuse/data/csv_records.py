@@ -16,7 +16,7 @@ from typing import NamedTuple
 _RESCANS = 8  # limit on rereading swallowed lines, in lengths of the file; without it, reading could take quadratic time
 _HEAD = 65_536  # bytes in which the header is searched
 _FEWEST = 3  # columns that a table must have for swallowed lines to be recognised as rows
-_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical-bar"}
 
 
 def delimiter_of(content: bytes, default: str, wanted: Collection[str]) -> str:
@@ -35,7 +35,7 @@ def delimiter_of(content: bytes, default: str, wanted: Collection[str]) -> str:
 
 
 def name_of(delimiter: str) -> str:
-    """The name of a delimiter, in the plural."""
+    """The name of a delimiter, as in comma-separated."""
     return _DELIMITERS[delimiter]
 
 

@@ -6,7 +6,7 @@ stored, so that a run that reads them later gets the same bits. Features that ar
 (`data.cache_features: false`, `mopefuse predict`) may differ in the last bits, about 1e-5, as batches of another shape round
 differently.
 
-Shapes: S samples of the split, U different values, M values to compute, B batch, C width of the pooled feature.
+Shapes: S samples of the split, U distinct values, M values to compute, B batch, C width of the pooled feature.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Mask = NDArray[np.bool_]
 
 
 class Piece(NamedTuple):
-    """What was computed for some of the different values.
+    """What was computed for some of the distinct values.
 
     Args:
         numbers_M: numbers of the values. rows_RC: the computed rows, in the same order.
@@ -64,7 +64,7 @@ class Features:
 
     Args:
         tables: the tables that hold the features. found_S: table and row in it, for each sample.
-        different: number of different values. origin: where the features come from, for messages.
+        different: number of distinct values. origin: where the features come from, for messages.
     """
 
     def __init__(self, tables: Sequence[Mapped | Values], found_S: Found, *, different: int, origin: str) -> None:
@@ -129,7 +129,7 @@ def describe_origin(known_U: Mask) -> str:
 
 
 class Computation:
-    """Computes and stores something for each different value of a modality in a split, shared by all processes.
+    """Computes and stores something for each distinct value of a modality in a split, shared by all processes.
 
     Attributes:
         values_U: digests of the values. first_U: number of the first sample that has each value.
@@ -235,7 +235,7 @@ class Computation:
 
 
 class FeatureComputation(Computation):
-    """Computes the pooled features of different values of a split."""
+    """Computes the pooled features of distinct values of a split."""
 
     def encode(self, inputs: Inputs) -> tuple[Values, None]:
         """See `Computation.encode`."""

@@ -58,7 +58,7 @@ def _check_same(folder: Path, about: Mapping[str, Any]) -> None:
         raise DataError(DataCode.MADE_FOLDER_NOT_EMPTY, "the folder is not empty", where=str(folder), fix=fix) from None
     if not isinstance(found, dict) or {key: found.get(key) for key in about} != about:
         raise DataError(
-            DataCode.OTHER_MADE_DATA, "the folder contains another data set", where=str(folder / "dataset.json"), fix=fix
+            DataCode.OTHER_MADE_DATA, "the folder contains a different data set", where=str(folder / "dataset.json"), fix=fix
         )
     if found.get("sha256") != digest_of(folder):
         raise DataError(

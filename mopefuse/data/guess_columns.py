@@ -113,9 +113,9 @@ class _Guesser:
         column = self._only(paths, name, get_modality(name).common_columns)
         folders = [folder for folder in self._folders() if self._share_of_files(column, (folder,)) >= _NEARLY_ALL]
         if len(folders) != 1:
-            what = f"the files that column {column} names, such as {self.cells[column][0]}, are not in {self.root}"
+            what = f"the files in column {column}, such as {self.cells[column][0]}, are not in {self.root}"
             hint = f"one of {', '.join(map(str, folders[:3]))}" if folders else "DIR"
-            fix = f"name the folder that the paths start from with --image-root {hint}"
+            fix = f"specify the folder that the paths start from with --image-root {hint}"
             raise DataError(DataCode.COLUMN_NOT_GUESSED, what, where=str(self.config.path), fix=fix)
         self.guess.settings["image_roots"] = (*self.config.image_roots, str(folders[0]))
         self.take(setting, column, name, f"its cells are paths of files in {folders[0]}")
@@ -141,7 +141,7 @@ class _Guesser:
         close = [column for column in length if length[column] * _CLEARLY_LONGER > length[longest]]
         column = self._only(close, name, get_modality(name).common_columns)
         others = [other for other in length if other != column]
-        why = f"the longest; {flag_for(name, others[0])} would use another" if others else "the only one of several words"
+        why = f"the longest; to use another, add {flag_for(name, others[0])}" if others else "the only one of several words"
         self.take(setting, column, name, why)
 
     def _is_text(self, column: str) -> bool:
@@ -158,7 +158,7 @@ class _Guesser:
         named = [column for column in found if column.lower() in COMMON_LABELS]
         in_words = [column for column in found if column in lists or not all(map(_is_number, self.cells[column]))]
         if not found:
-            self._refuse("no column has few distinct values, as a label has", "")
+            self._refuse("no column has few enough distinct values to be the label", "")
         column = self._only(named or in_words or found, "", COMMON_LABELS)
         if column in lists:
             self.take("label_col", column, "label", "its cells are lists")
@@ -182,12 +182,12 @@ class _Guesser:
         named = [column for column in found if column.lower() in common]
         if len(found) > 1 and len(named) != 1:
             what = f"each of the columns {', '.join(named or found)} could be the {modality or 'label'}"
-            fix = f"name one with {_flag(modality)}"
+            fix = f"specify one with {_flag(modality)}"
             raise DataError(DataCode.COLUMN_AMBIGUOUS, what, where=str(self.config.path), fix=fix)
         return found[0] if len(found) == 1 else named[0]
 
     def _refuse(self, what: str, modality: str) -> NoReturn:
-        columns, fix = ", ".join(list(self.cells)[:12]), f"name it with {_flag(modality)}"
+        columns, fix = ", ".join(list(self.cells)[:12]), f"specify it with {_flag(modality)}"
         where = str(self.config.path)
         raise DataError(DataCode.COLUMN_NOT_GUESSED, f"{what}; columns: {columns}", where=where, fix=fix)
 

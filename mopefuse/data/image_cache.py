@@ -1,9 +1,9 @@
 """Cache decoded and resized images in one memory-mapped file, as decoding takes most of the time of reading.
 
-Each different image is kept once, however many rows show it, as 8-bit RGB of its own height and width; cropping and
+Each distinct image is kept once, however many rows show it, as 8-bit RGB of its own height and width; cropping and
 augmentation come later. Results do not change: the file contains exactly the decoded pixels.
 
-Shapes: S rows of a split, U different images.
+Shapes: S rows of a split, U distinct images.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def pictures(
     facts = {"images": len(first_U), "root": str(data.root), **resizing}
     folder = cache.store("images", key, lambda folder: _write(folder, decode, first_U.tolist(), advance), facts)
     if folder is None:
-        where = str(cache.root() or "there is no folder for it")
+        where = str(cache.root() or "no cache folder")
         raise ResourceError(
             ResourceCode.IMAGE_CACHE_NOT_WRITABLE,
             "decoded images cannot be kept",

@@ -136,7 +136,7 @@ class _IndexBuilder:
             raise InvalidRow(f"{self.config.split_col} is none of {', '.join(SPLITS)}")
         row = check_row(found.value, found.line, self.split, self.layout)
         if row.id in self.line_of:
-            raise InvalidRow(f"the id {row.id!r} is there already, in line {self.line_of[row.id]}")
+            raise InvalidRow(f"duplicate id {row.id!r}, first used on line {self.line_of[row.id]}")
         return row
 
     def _add_place(self, found: TableRow) -> None:

@@ -18,7 +18,7 @@ from mopefuse.data.labels import Labels
 from mopefuse.data.tables import Table
 from mopefuse.modalities.files import FileInfo
 
-VERSION = 5  # version of the format
+VERSION = 6  # version of the format
 _LOOK_ARRAYS = ("size", "mtime", "side", "animated", "milliseconds", "digest")
 
 

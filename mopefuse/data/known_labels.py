@@ -42,13 +42,13 @@ def known_labels(
             raise _unknown(unknown, split, labels, doubts)
     if "train" in splits and len(labels) < 2:
         what = f"{describe_few(labels)}; a classifier needs at least two"
-        raise DataError(DataCode.ONE_CLASS, what, where=splits["train"].file, fix="add another class")
+        raise DataError(DataCode.ONE_CLASS, what, where=splits["train"].file, fix="add rows of a second class")
     return labels
 
 
 def describe_few(labels: Sequence[str]) -> str:
     """Describe one label, or none, in words."""
-    return f"there is only the label {labels[0]!r}" if labels else "there is no label"
+    return f"there is only the label {labels[0]!r}" if labels else "there are no labels"
 
 
 def _unknown(unknown: Counter[str], split: Split, labels: Sequence[str], doubts: Sequence[Finding]) -> DataError:
@@ -60,7 +60,7 @@ def _unknown(unknown: Counter[str], split: Split, labels: Sequence[str], doubts:
     rest = len(unknown) - len(listed)
     what = f"labels that do not occur in train: {', '.join(listed)}{f', and {rest} more' if rest else ''}"
     first = min(row for label, row in split.labels.first_rows().items() if label in unknown)
-    fix = "correct it or, if it is right, list all labels in labels.txt or with --labels FILE"
+    fix = "correct them or, if they are right, list all labels in labels.txt or with --labels FILE"
     fix = next((f"{doubt.hint}; otherwise {fix}" for doubt in doubts if doubt.kind == "joined-labels"), fix)
     return DataError(DataCode.UNKNOWN_LABEL, what, where=split.where(split.rows[first]), fix=fix)
 

@@ -31,7 +31,7 @@ _LEADING_ZERO = re.compile(r"0\d+")  # found in codes, not in quantities
 _YEARS = 1500, 2100
 _ANCHORS = 20_000  # number of frequent labels that rare ones are compared with
 _SHORTEST, _LONGEST = 4, 100  # length in characters of labels that are compared
-_COLUMN = "name the column of the class with --label-col"
+_COLUMN = "specify the label column with --label-col"
 _INTENDED = "if they are correct, add --allow-odd-labels or list them in labels.txt"
 
 
@@ -170,7 +170,9 @@ def _amounts(counts: Mapping[str, int]) -> Iterator[Doubt]:
     if halves and highest - lowest < len(numbers) <= 2 * _CODES:  # ratings
         return
     first = _most_frequent(counts, counts)
-    what = f"labels are numbers, such as {_quote(first)}: each of {len(counts):,} is a class of its own"
+    what = (
+        f"labels are numbers, such as {_quote(first)}, and each of the {len(counts):,} distinct values becomes a separate class"
+    )
     fix, rows = f"if they are quantities, {_COLUMN}", sum(counts.values())
     yield Doubt(kind="numeric-labels", message=what, fix=fix, label=first, rows=rows)
 
@@ -191,7 +193,7 @@ def _many(counts: Mapping[str, int], rows: int, causes: Iterable[Doubt]) -> Iter
         return
     first = _most_frequent(counts, counts)
     times = f", used {total:,} times in all" if total > rows else ""
-    what = f"{len(counts):,} different labels in {rows:,} training rows{times}, such as {_quote(first)}: more than a third"
+    what = f"{len(counts):,} distinct labels in {rows:,} training rows{times}, such as {_quote(first)}: more than a third"
     fix = next((cause.fix for cause in causes), _COLUMN)
     yield Doubt(kind="many-labels", message=what, fix=f"{fix}; {_INTENDED}", label=first, rows=rows)
 
@@ -237,7 +239,7 @@ def _misspelt(counts: Mapping[str, int]) -> Iterator[Doubt]:
             other = min(similar, key=lambda name: (-rows[name], name))
             beside = f"{_quote(spelling[other])} ({rows[other]:,} rows)"
             what = f"{_quote(spelling[key])} ({several(count, 'row')}) is similar to {beside}"
-            fix = "correct it if it is misspelt"
+            fix = "correct the label if it is misspelt"
             yield Doubt(kind="misspelt-label", message=what, fix=fix, label=spelling[key], rows=count)
 
 

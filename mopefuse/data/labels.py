@@ -4,7 +4,7 @@ Both are sparse: memory grows with the number of labels that rows have, not with
 of 10,000 labels each take 20 MB here and 40 GB as one dense tensor.
 
 Shapes: S rows of a split, B of them in a batch, Z labels of all rows together, N labels of a model, n some of them,
-U different labels of the rows.
+U distinct labels of the rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Labels(Sequence[tuple[str, ...]]):
     """The labels of each row: a sequence of tuples, each of which is built when it is accessed.
 
     Args:
-        names: the different labels (U).
+        names: the distinct labels (U).
         start_S1: where the labels of each row start in `code_Z`, and where the last ones end (S + 1,).
         code_Z: positions of labels in `names`, row after row.
     """

@@ -15,7 +15,7 @@ def find_leaks(train: Split, other: Split) -> dict[str, Numbers]:
     """Find the rows of `other` that share a value with `train`: the same bytes of a file, or a text regardless of case and
     spacing.
 
-    If fewer than half of the texts of train are different, they are phrases of the task ("what is the red digit?") that
+    If fewer than half of the texts of train are distinct, they are phrases of the task ("what is the red digit?") that
     repeat by design, and no text counts as shared. Empty texts never count.
 
     Returns:

@@ -169,7 +169,7 @@ def _notices(splits: dict[str, Split], indexes: dict[str, Index], config: DataCo
 def _row_notices(splits: dict[str, Split], indexes: dict[str, Index], config: DataConfig) -> list[str]:
     """Rows that are skipped, or lack a value, or have an empty one."""
     found = [
-        f"{split.name}: {several(len(split.skipped), 'bad row is', 'bad rows are')} skipped, the first as: {split.skipped[0]}"
+        f"{split.name}: {several(len(split.skipped), 'bad row')} skipped; the first: {split.skipped[0]}"
         for split in splits.values()
         if split.skipped
     ]

@@ -14,7 +14,7 @@ from mopefuse.core.error_codes import DataCode
 from mopefuse.errors import DataError, similar_names
 
 _Made = TypeVar("_Made", bound=Callable[..., Any])
-_FIXES = {str: "give text", int: "give a number", bool: "give true or false"}
+_FIXES = {str: "use a text value", int: "use an integer", bool: "use true or false"}
 
 
 @dataclass(frozen=True)
@@ -103,5 +103,5 @@ def unknown_option(name: str, flag: str, options: Iterable[Option], others: Iter
     if near:
         fix = f"did you mean {near[0]}?"
     else:
-        fix = f"remove it; {name} has the options {', '.join(flags)}" if flags else f"remove it; {name} has no options"
+        fix = f"remove {flag}; {name} has the options {', '.join(flags)}" if flags else f"remove {flag}; {name} has no options"
     return DataError(DataCode.UNKNOWN_PREPARE_OPTION, f"{name} has no option {flag}", where=flag, fix=fix)

@@ -116,10 +116,12 @@ def _labels(given: Sequence[str] | None, found: tuple[str, ...]) -> tuple[str, .
     """The labels to number.
 
     Raises:
-        ConfigError: none are given and the data define none, or they are not different names.
+        ConfigError: none are given and the data define none, or they are not distinct names.
     """
     labels = found if given is None else () if isinstance(given, str) else tuple(given)
     if not labels or len({*labels}) < len(labels):
         what = "there is no training split to take the labels from" if given is None else "labels must be distinct names"
-        raise ConfigError(ConfigCode.DATA_SET_LABELS_UNKNOWN, what, where="labels", fix="give labels=[...], as in model.labels")
+        raise ConfigError(
+            ConfigCode.DATA_SET_LABELS_UNKNOWN, what, where="labels", fix="pass labels=[...], such as model.labels"
+        )
     return labels

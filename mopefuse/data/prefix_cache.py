@@ -3,7 +3,7 @@
 They are kept by content like features (`mopefuse.data.feature_cache`), one store for each encoder, layer and number format, and
 without padding. Several processes share the computation and use the same values.
 
-Shapes: S samples of the split, U different values, B batch, L tokens, D width of the layer.
+Shapes: S samples of the split, U distinct values, B batch, L tokens, D width of the layer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Prefixes(RaggedTable):
 
 
 class PrefixComputation(Computation):
-    """Computes the tokens that enter a layer for the different values of a split."""
+    """Computes the tokens that enter a layer for the distinct values of a split."""
 
     layer: int
 

@@ -168,7 +168,10 @@ class _Build:
             most = ", ".join(f"{reason} ({number})" for reason, number in self.skipped.most_common(3))
             what = f"no row of the {split} split can be used" + (f"; skipped so far: {most}" if most else "")
             raise DataError(
-                DataCode.SOURCE_INCOMPLETE, what, where=str(self.reader.folder.root), fix=f"provide {self.reader.layout}"
+                DataCode.SOURCE_INCOMPLETE,
+                what,
+                where=str(self.reader.folder.root),
+                fix=f"the folder must contain {self.reader.layout}",
             )
 
     def _check(self, sample: Sample) -> Skip | None:
@@ -178,10 +181,10 @@ class _Build:
             Why it cannot be a row, or None.
         """
         if sample.id in self.ids:
-            return Skip("id twice", sample.file, sample.line)
+            return Skip("duplicate id", sample.file, sample.line)
         if sample.img not in self.images:
             if _SURROGATE.search(sample.id + sample.img):
-                return Skip("name is not UTF-8", sample.file, sample.line)
+                return Skip("file name is not UTF-8", sample.file, sample.line)
             self.images[sample.img] = self.reader.folder.path(sample.img)
         if self.images[sample.img] is None:
             return Skip("no image", sample.file, sample.line)
@@ -206,7 +209,7 @@ class _Build:
         if not 0 < 4 * number <= len(ids) or len(held) != number:
             classes = len(set(labels))
             what = f"{number:,} validation pairs cannot be held out of {len(ids):,} training pairs of {classes} classes"
-            fix = f"pass --val {max(1, len(ids) // 5)}" if len(ids) > 4 else "provide more training pairs"
+            fix = f"pass --val {max(1, len(ids) // 5)}" if len(ids) > 4 else "add more training pairs"
             raise DataError(DataCode.CANNOT_HOLD_OUT, what, where="--val", fix=fix)
         chosen = {ids[row] for row in held}
         whole = (self.root / "train.jsonl").rename(self.root / "whole")

@@ -1,6 +1,6 @@
 """Tokens of each sample, stored without padding in a ragged `FeatureStore`.
 
-Shapes: S samples of the split, U different values, B batch, L tokens, D their width.
+Shapes: S samples of the split, U distinct values, B batch, L tokens, D their width.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class RaggedTable:
 
     Args:
         shards: the shards that hold the tokens. found_S: shard and number in it, for each sample.
-        different: number of different values. size: their size in bytes. origin: where they come from, for messages.
+        different: number of distinct values. size: their size in bytes. origin: where they come from, for messages.
     """
 
     def __init__(self, shards: Sequence[Shard], found_S: Found, *, different: int, size: int, origin: str) -> None:
@@ -97,7 +97,7 @@ class Estimate(NamedTuple):
     """The estimated size of the tokens of some splits.
 
     Args:
-        different: number of different values. size: their size in bytes. missing: bytes of those that are not stored yet.
+        different: number of distinct values. size: their size in bytes. missing: bytes of those that are not stored yet.
     """
 
     different: int

@@ -21,7 +21,7 @@ from mopefuse.data.label_cells import is_blank, normalise, split_cell
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # cannot be written to a file
 _KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-_OR_WITHOUT = "--on-missing skip or absent"
+_WITHOUT = "add --on-missing skip or absent"
 
 
 class ValidRow(NamedTuple):
@@ -105,9 +105,9 @@ def _values(row: Mapping[str, Any], layout: Layout, *, label: bool) -> dict[str,
 
 def _hint(name: str, layout: Layout) -> str:
     if name in layout.in_rows:
-        return f" (set data.allow_missing_text=true to take it as empty, or {_OR_WITHOUT})"
+        return f" (to treat it as empty, set data.allow_missing_text=true; to accept rows without it, {_WITHOUT})"
     unread = "" if name in EXPECTED else f", or leave {name} out of data.modalities if no encoder reads it"
-    return f" (use {_OR_WITHOUT} to go on without{unread})"
+    return f" (to accept such rows, {_WITHOUT}{unread})"
 
 
 def _leave_out(values: Mapping[str, str | None], layout: Layout) -> None:
@@ -160,7 +160,7 @@ def add_missing_hints(problems: Sequence[Problem], layout: Layout) -> list[Probl
     """Add a hint to rows that lack a column: in a table with valid rows, the value may be missing on purpose."""
     columns = "|".join(map(re.escape, layout.columns.values()))
     pattern = re.compile(rf"has no (?:{columns})(?: or (?:{columns}))*; found [^;]*")
-    hint = f" (use {_OR_WITHOUT} to go on without)"
+    hint = f" (to accept such rows, {_WITHOUT})"
     return [replace(problem, what=problem.what + hint) if pattern.fullmatch(problem.what) else problem for problem in problems]
 
 

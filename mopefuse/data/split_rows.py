@@ -44,7 +44,7 @@ def divide_rows(indexes: dict[str, Index], path: Path, config: DataConfig, requi
     for name, (index, rows) in parts.items():
         if not len(rows):
             where = str(path / index.file if path.is_dir() else path)
-            raise DataError(DataCode.EMPTY_SPLIT, f"the {name} split has no rows", where=where, fix="provide at least one row")
+            raise DataError(DataCode.EMPTY_SPLIT, f"the {name} split has no rows", where=where, fix="add at least one row")
     if (config.shots or config.fraction) and "train" in parts:
         index, rows = parts["train"]
         labels, ids = index.labels.take(rows), [index.ids[row] for row in rows]
@@ -56,7 +56,9 @@ def _hold_out(parts: Parts, name: str, fraction: float, path: Path, config: Data
     """Move rows of train to the split `name`; without a train split nothing changes."""
     if name in parts:
         what = f"data.{name}_fraction is set, but there is a {name} split"
-        raise ConfigError(ConfigCode.FRACTION_AND_SPLIT, what, where=str(path), fix=f"unset it, or remove the {name} split")
+        raise ConfigError(
+            ConfigCode.FRACTION_AND_SPLIT, what, where=str(path), fix=f"remove --{name}-fraction or the {name} split"
+        )
     if "train" not in parts:
         return
     index, rows = parts["train"]
@@ -66,7 +68,7 @@ def _hold_out(parts: Parts, name: str, fraction: float, path: Path, config: Data
     kept, held = hold_out(groups, index.labels.take(rows), count, config.seed)
     if len(rows) and not held:
         what = f"no row of train can be held out for {name}: each label must keep a row (or image) in train"
-        fix = f"raise --{name}-fraction, provide a {name} split, or merge rare labels"
+        fix = f"raise --{name}-fraction, add a {name} split, or merge rare labels"
         raise DataError(DataCode.EMPTY_SPLIT, what, where=str(path), fix=fix)
     parts["train"], parts[name] = (index, rows[kept]), (index, rows[held])
 
@@ -76,16 +78,16 @@ def missing_split_hint(name: str, path: Path, config: DataConfig) -> str:
     hold_out_rows = f"hold out some rows of train with --{name}-fraction 0.1"
     if path.is_file():
         if path.stem in SPLITS and any((path.parent / f"{name}{suffix}").is_file() for suffix in SUFFIXES):
-            return f"name the folder that also has the other splits: {path.parent}"
+            return f"pass the folder that also has the other splits: {path.parent}"
         column = split_column(find_tables(path, config)[""], config)
         if column is not None and column != config.split_col:
             return f"add --split-col {column}, the column that names the split of each row, or {hold_out_rows}"
-        return f"{hold_out_rows}, or name the column with the split with --split-col"
+        return f"{hold_out_rows}, or specify the split column with --split-col"
     found = [item.name for item in path.iterdir() if item.suffix in SUFFIXES or item.is_dir()]
     tables = [item for item in path.iterdir() if item.suffix in SUFFIXES and item.is_file()]
     if len(tables) == 1 and tables[0].stem not in SPLITS:
-        return f"name the table itself: {tables[0]}"
+        return f"pass the table itself: {tables[0]}"
     files = sum(1 for _ in path.iterdir())
     no_tables = f"no table among {several(files, 'file')}" if files else "nothing"
     has = f"(the folder has {', '.join(sorted(found)[:8]) or no_tables})"
-    return f"provide {name}.jsonl{f', or {hold_out_rows}' if name != 'train' else ''} {has}"
+    return f"add {name}.jsonl{f', or {hold_out_rows}' if name != 'train' else ''} {has}"

@@ -77,8 +77,8 @@ def find_tables(path: Path, config: DataConfig, *, splits: Sequence[str] = SPLIT
         stems = similar_names(path.stem, {item.stem for item in siblings})
         similar = [item for stem in stems for item in siblings if item.stem == stem]
         suggestion = f"did you mean {', '.join(map(str, similar[:3]))}? Otherwise " if similar else ""
-        fix = f"{suggestion}give a folder with train.jsonl, val.jsonl and test.jsonl, or one table"
-        raise DataError(DataCode.NO_DATA_FOLDER, f"there is no data folder {path}", fix=fix)
+        fix = f"{suggestion}pass a folder with train.jsonl, val.jsonl and test.jsonl, or one table"
+        raise DataError(DataCode.NO_DATA_FOLDER, f"data folder not found: {path}", fix=fix)
     tables = {}
     for split in splits:
         found = [path / f"{split}{suffix}" for suffix in SUFFIXES if os.path.lexists(path / f"{split}{suffix}")]
@@ -119,7 +119,7 @@ def _table(path: Path, config: DataConfig) -> Table:
         delimiter = _delimiter(content, path, config)
         return Table(path.name, digest, lambda: _csv(content, path, delimiter))
     if kind != ".jsonl":
-        fix = f"give a {', '.join(SUFFIXES)} file or a folder"
+        fix = f"pass a {', '.join(SUFFIXES)} file or a folder"
         raise DataError(DataCode.NOT_A_TABLE, f"{path.name} is not a table", where=str(path), fix=fix)
     return Table(path.name, digest, lambda: _json_lines(content), content)
 
@@ -172,7 +172,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block
             raise DataError(
-                DataCode.TABLE_UNREADABLE, f"{path.name} is not a regular file", where=str(path), fix="provide a file"
+                DataCode.TABLE_UNREADABLE, f"{path.name} is not a regular file", where=str(path), fix="pass a regular file"
             )
         return path.read_bytes()
     except OSError as error:
@@ -207,7 +207,7 @@ def parse_json_line(line: bytes) -> dict[str, Any] | str:
         value = json.loads(line.decode("utf-8"), object_pairs_hook=_refuse_duplicate_keys, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         place = f"byte 0x{line[error.start]:02x} at {error.start + 1}"
-        return f"is not UTF-8 ({place}); convert the file, as from Latin 1 with iconv -f latin1 -t utf-8"
+        return f"is not UTF-8 ({place}); convert the file to UTF-8, for example with iconv -f latin1 -t utf-8"
     except _InvalidJson as error:
         return str(error)
     except json.JSONDecodeError as error:
@@ -256,7 +256,7 @@ def _delimiter(content: bytes, path: Path, config: DataConfig) -> str:
     wanted = {config.text_col, config.img_col, config.label_col, config.id_col, *config.columns.values()}
     found = delimiter_of(content, default, wanted)
     if found != default:
-        what = f"{path.name} is parsed as separated by {name_of(found)}, not {name_of(default)}, because of its header"
+        what = f"{path.name} is parsed as {name_of(found)}-separated, not {name_of(default)}-separated, because of its header"
         warnings.warn(what, Notice, stacklevel=2)
     return found
 
@@ -272,19 +272,19 @@ def decode_text(content: bytes, path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         what = f"{path.name}:{line} is not UTF-8 (byte 0x{content[error.start]:02x})"
-        fix = "convert it, for example from Latin 1 with iconv -f latin1 -t utf-8"
+        fix = "convert the file to UTF-8, for example with iconv -f latin1 -t utf-8"
         raise DataError(DataCode.NOT_UTF8, what, where=str(path), fix=fix) from None
 
 
 def _header(record: Record, path: Path) -> list[str]:
     if record.problem:
-        fix = "correct the line with the names of the columns"
+        fix = "correct the line with the column names"
         raise DataError(DataCode.BAD_HEADER, f"the header {record.problem}", where=f"{path.name}:{record.line}", fix=fix)
     header = [cell.strip() for cell in record.cells]
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
         what = f"the column {repeated[0]!r} occurs twice"
-        raise DataError(DataCode.COLUMN_TWICE, what, where=f"{path.name}:{record.line}", fix="name each column once")
+        raise DataError(DataCode.COLUMN_TWICE, what, where=f"{path.name}:{record.line}", fix="rename or remove one of them")
     return header
 
 
@@ -305,7 +305,10 @@ def _parquet(path: Path) -> Iterator[TableRow]:
     except (arrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            DataCode.PARQUET_DAMAGED, f"{path.name} is damaged: {reason}", where=str(path), fix="provide the complete file"
+            DataCode.PARQUET_DAMAGED,
+            f"{path.name} is damaged: {reason}",
+            where=str(path),
+            fix="replace it with the complete file",
         ) from None
 
 
@@ -355,7 +358,7 @@ def _captions(metadata: Path, config: DataConfig) -> dict[str, Any]:
     for row in _table(metadata, config).rows():
         if isinstance(row.value, str):
             raise DataError(
-                DataCode.FIELD_MISSING, f"{metadata.name}:{row.line} {row.value}", where=str(metadata), fix="correct it"
+                DataCode.FIELD_MISSING, f"{metadata.name}:{row.line} {row.value}", where=str(metadata), fix="correct the line"
             )
         missing = {"file_name", config.text_col} - row.value.keys()
         if missing:

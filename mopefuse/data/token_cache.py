@@ -40,7 +40,7 @@ class TokenTable(RaggedTable):
 
 
 class TokenComputation(Computation):
-    """Computes the output tokens for the different values of a split."""
+    """Computes the output tokens for the distinct values of a split."""
 
     def encode(self, inputs: Inputs) -> tuple[Values, Numbers]:
         """See `Computation.encode`."""

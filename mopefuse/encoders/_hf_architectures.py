@@ -109,7 +109,7 @@ def check_config(config: Mapping[str, Any], parted: Collection[str], where: str)
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise EncoderError(
-            EncoderCode.BAD_CONFIG, "config.json names no model_type", where=where, fix="use a transformers model"
+            EncoderCode.BAD_CONFIG, "config.json has no model_type", where=where, fix="use a transformers model"
         )
     if config.get("auto_map"):
         raise EncoderError(
@@ -120,7 +120,7 @@ def check_config(config: Mapping[str, Any], parted: Collection[str], where: str)
         )
     if (config.get("is_encoder_decoder") and kind not in parted) or config.get("is_decoder"):
         what = f"a {kind} model is an encoder with a decoder" if config.get("is_encoder_decoder") else (
-            f"this {kind} model is set up as the decoder of another"
+            f"this {kind} model is configured as the decoder of another model"
         )
         raise EncoderError(
             EncoderCode.UNSUITABLE, what, where=where, fix="use an encoder or a language model, for example hf:bert-base"

@@ -114,7 +114,7 @@ class TransformersEncoder(PromptedEncoder):
         try:
             sites, reason = find_sites(self.backbone, lambda: encoded.append(self._run(example)))
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            what = f"this {self.model_config.model_type} model cannot be run on {self.modality} alone: {error}"
+            what = f"this {self.model_config.model_type} model does not accept {self.modality} input alone: {error}"
             raise unsuitable_model_error(what, self.spec, self.families) from error
         if not sites:
             self.backbone.set_attn_implementation(own)  # which also determines the form of masks
@@ -138,7 +138,7 @@ class TransformersEncoder(PromptedEncoder):
 def unsuitable_model_error(what: str, spec: Spec, families: Collection[str]) -> EncoderError:
     """Build the error for an unsuitable model, which lists the supported families."""
     return EncoderError(
-        EncoderCode.UNSUITABLE, what, where=str(spec), fix=f"use another one, for example {', '.join(families)}"
+        EncoderCode.UNSUITABLE, what, where=str(spec), fix=f"use a supported model, for example {', '.join(families)}"
     )
 
 
@@ -155,7 +155,7 @@ def _configure(spec: Spec, source: Source, ours: Collection[str]) -> Any:
             EncoderCode.UNSUITABLE,
             f"transformers {transformers.__version__} cannot read the configuration: {error}",
             where=str(spec),
-            fix="use another model, or upgrade transformers",
+            fix="upgrade transformers, or use a different model",
         ) from error
     if hasattr(config, "use_cache"):
         config.use_cache = False  # the cache of keys and values is for text generation
@@ -169,7 +169,10 @@ def _configure(spec: Spec, source: Source, ours: Collection[str]) -> Any:
             setattr(config, key, list(value) if isinstance(value, tuple) else value)
         except StrictDataclassError as error:
             raise EncoderError(
-                EncoderCode.BAD_OPTION, f"{key}={value} is invalid: {error}", where=str(spec), fix=f"change {key}"
+                EncoderCode.BAD_OPTION,
+                f"{key}={value} is invalid: {error}",
+                where=str(spec),
+                fix=f"remove {key}= from the spec",
             ) from error
     return config
 
@@ -194,7 +197,7 @@ def _build(spec: Spec, source: Source, config: Any, model: Any, options: dict[st
             EncoderCode.CANNOT_BUILD,
             f"transformers cannot build this {config.model_type} model: {error}",
             where=str(spec),
-            fix="change the options, or check config.json",
+            fix="remove the options after ? from the spec, or correct config.json",
         ) from error
     if "weights" in spec.options:
         state = _weights.read_float(Path(os.path.expanduser(spec.options["weights"])))
@@ -230,6 +233,6 @@ def _pretrained(spec: Spec, source: Source, config: Any, kind: Any, options: dic
             CheckpointCode.ENCODER_WEIGHTS_MISMATCH,
             f"the weights of {spec.name} lack {len(missing)} tensors of the encoder: {', '.join(missing[:4])}",
             where=str(spec),
-            fix="change ?pool= or the other options, or use other weights",
+            fix="use a different ?pool=, or weights that contain these tensors",
         )
     return model

@@ -79,7 +79,7 @@ def check_name(spec: Spec, known: Mapping[str, BuiltIn]) -> None:
     name, _, part = spec.name.partition("#")
     if part and part not in ("text", "vision"):
         raise EncoderError(
-            EncoderCode.TOWER_NOT_NAMED, f"there is no part #{part}", where=str(spec), fix="write #text or #vision"
+            EncoderCode.TOWER_NOT_NAMED, f"unknown part #{part}", where=str(spec), fix="write #text or #vision"
         )
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
@@ -87,11 +87,11 @@ def check_name(spec: Spec, known: Mapping[str, BuiltIn]) -> None:
             raise _no_config(folder, spec)
         return
     if name.startswith(("/", ".", "~")):
-        raise EncoderError(EncoderCode.NO_FOLDER, f"there is no folder {name}", where=str(spec), fix="check the path")
+        raise EncoderError(EncoderCode.NO_FOLDER, f"folder not found: {name}", where=str(spec), fix="check the path")
     if not option_flag(spec, "pretrained", True) and spec.name not in known:
         raise EncoderError(
             EncoderCode.NO_BUILT_IN_CONFIG,
-            f"there is no built-in configuration of {spec.name}, and pretrained=false does not use the network",
+            f"{spec.name} has no built-in configuration, and pretrained=false does not use the network",
             where=str(spec),
             fix=f"use a folder with config.json; {did_you_mean(spec.name, known)}",
         )

@@ -71,7 +71,7 @@ def _targets(encoder: Encoder, lora: Lora) -> list[str]:
         if not encoder.lora_targets:
             what = f"{encoder.spec} has no default layers for LoRA"
             others = sorted({name.rpartition(".")[2] for name in linear})
-            fix = f"set lora.targets; its linear layers are {', '.join(others)}" if others else "use another --tune"
+            fix = f"set lora.targets; its linear layers are {', '.join(others)}" if others else "use --tune probe or full"
             raise EncoderError(EncoderCode.LORA_UNSUPPORTED, what, fix=fix)
         return list(encoder.lora_targets)
     found = {target: [name for name in linear if f".{name}".endswith(f".{target}")] for target in lora.targets}
@@ -79,7 +79,9 @@ def _targets(encoder: Encoder, lora: Lora) -> list[str]:
         if not names:
             near = did_you_mean(target, {name.rpartition(".")[2] for name in linear})
             what = f"{encoder.spec} has no linear layer {target!r}"
-            raise EncoderError(EncoderCode.LORA_NO_SUCH_LAYER, what, where="lora.targets", fix=near or "use another --tune")
+            raise EncoderError(
+                EncoderCode.LORA_NO_SUCH_LAYER, what, where="lora.targets", fix=near or "use --tune probe or full"
+            )
     return list(dict.fromkeys(name for names in found.values() for name in names))
 
 

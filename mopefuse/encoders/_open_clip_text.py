@@ -118,7 +118,7 @@ def _from_hub(repo: str, where: str) -> Any:
             EncoderCode.NO_TOKENIZER,
             f"{repo} has no tokenizer.json",
             where=where,
-            fix="use a CLIP model, or another text encoder",
+            fix="use a CLIP model, or a different text encoder",
         )
     _hub.fetch_all(repo, _hf_text.TOKENIZER_FILES, where=where)
     try:

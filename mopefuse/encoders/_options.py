@@ -39,7 +39,7 @@ def unknown_option(spec: Spec, key: str, accepted: Iterable[str]) -> EncoderErro
         EncoderCode.UNKNOWN_OPTION,
         f"{spec.scheme}:{spec.name} has no option {key!r}",
         where=str(spec),
-        fix=did_you_mean(key, names) or "remove it",
+        fix=did_you_mean(key, names) or f"remove {key}= from the spec",
     )
 
 
@@ -124,7 +124,7 @@ def require_patches(spec: Spec, size: tuple[int, int], patch: int) -> None:
 def cannot_resize(spec: Spec, reason: object) -> EncoderError:
     """Build the error for a model that does not support another image size."""
     what = f"{spec.scheme}:{spec.name} does not support size={spec.options['size']}: {reason}"
-    return EncoderError(EncoderCode.BAD_OPTION, what, where=str(spec), fix="remove size")
+    return EncoderError(EncoderCode.BAD_OPTION, what, where=str(spec), fix="remove size= from the spec")
 
 
 def option_flag(spec: Spec, key: str, default: bool) -> bool:

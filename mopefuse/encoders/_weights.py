@@ -34,7 +34,7 @@ def load_strictly(
         unused_prefixes: prefixes of tensors in the file that are ignored, such as a classifier's.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or of another shape.
+        CheckpointError: tensors are missing, unexpected or of a different shape.
     """
     prefixes = tuple(unused_prefixes)
     given = {name: tensor for name, tensor in state.items() if not (prefixes and name.startswith(prefixes))}
@@ -42,7 +42,7 @@ def load_strictly(
     faults = {
         "missing": [name for name in expected if name not in given],
         "unexpected": [name for name in given if name not in expected],
-        "of another shape": [
+        "of a different shape": [
             f"{name} ({_shape(given[name])}, expected {_shape(expected[name])})"
             for name in expected
             if name in given and given[name].shape != expected[name].shape

@@ -180,7 +180,7 @@ class Encoder(nn.Module):
             EncoderError: it does not.
         """
         if not self.insertable:
-            fix = f"use tiny:, a ViT of timm: or a BERT of hf: as --{side}, or another --method"
+            fix = f"use tiny:, a ViT of timm: or a BERT of hf: as --{side}, or a different --method"
             raise EncoderError(EncoderCode.NOT_INSERTABLE, f"{self.spec} does not support inserted tokens", fix=fix)
 
     def run_layer(

@@ -51,7 +51,7 @@ class HFEncoder(TransformersEncoder):
             return IMAGE
         if model.main_input_name == "input_ids" and kind in _MASKED | _CAUSAL:
             return TEXT if kind in _MASKED else DECODER
-        raise unsuitable_model_error(f"a {kind} model reads neither text nor images alone", self.spec, FAMILIES)
+        raise unsuitable_model_error(f"a {kind} model accepts neither text nor images alone", self.spec, FAMILIES)
 
     def _preprocess(self, source: Source) -> TextPreprocess | ImagePreprocess:
         if self.modality == "text":

@@ -177,7 +177,7 @@ def _parse(spec: Spec) -> tuple[str, str, str]:
     if tower not in _TOWERS:
         raise EncoderError(
             EncoderCode.TOWER_NOT_NAMED,
-            f"{spec.name} does not say which tower to use",
+            f"{spec.name} names no tower",
             where=str(spec),
             fix=f"write {spec.scheme}:{model}#visual or {spec.scheme}:{model}#text",
         )
@@ -192,7 +192,7 @@ def _parse(spec: Spec) -> tuple[str, str, str]:
     if tag not in tags and not _random(spec):
         raise EncoderError(
             EncoderCode.UNKNOWN_MODEL,
-            f"open_clip has no weights {tag!r} of {name}" if tag else f"{spec.name} does not say which weights to use",
+            f"open_clip has no weights {tag!r} of {name}" if tag else f"{spec.name} names no weights",
             where=str(spec),
             fix=(did_you_mean(tag, tags) if tags else "") or "add ?pretrained=false or ?weights=FILE",
         )
@@ -246,7 +246,10 @@ def _load(spec: Spec, config: dict[str, Any], name: str, tag: str) -> tuple[Any,
             model.visual.set_input_size(config["vision_cfg"]["image_size"])  # its constructor does not resize the trunk
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise EncoderError(
-            EncoderCode.CANNOT_BUILD, f"open_clip cannot build {name}: {error}", where=str(spec), fix="change the options"
+            EncoderCode.CANNOT_BUILD,
+            f"open_clip cannot build {name}: {error}",
+            where=str(spec),
+            fix="remove the options after ? from the spec",
         ) from error
     return model, path.parent.name if path else ""
 
@@ -271,7 +274,7 @@ def _image_preprocess(spec: Spec, tower: Any, statistics: dict[str, Any]) -> Ima
     mode = statistics["resize_mode"]
     if mode not in ("shortest", "squash"):
         what = f"{spec.name} has the unsupported resize mode {mode!r}"
-        raise EncoderError(EncoderCode.UNSUITABLE, what, where=str(spec), fix="use other weights")
+        raise EncoderError(EncoderCode.UNSUITABLE, what, where=str(spec), fix="use weights with resize mode shortest or squash")
     shorter = mode == "shortest" and size[0] == size[1]
     mean, std = statistics["mean"], statistics["std"]
     return ImagePreprocess(

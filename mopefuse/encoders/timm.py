@@ -200,7 +200,7 @@ def _build(spec: Spec, pretrained: bool, overlay: dict[str, Any] | None, size: t
             EncoderCode.CANNOT_BUILD,
             f"timm cannot build {spec.name} with {options}: {error}",
             where=str(spec),
-            fix="change these options",
+            fix="remove these options from the spec",
         ) from error
     for key in set(options) - _accepted(model):  # silently ignored by timm
         raise _options.unknown_option(spec, key, _accepted(model))

@@ -197,7 +197,7 @@ class TinyEncoder(Encoder):
         """See `Encoder.check_name`."""
         if spec.name not in SHAPES:
             raise EncoderError(
-                EncoderCode.UNKNOWN_TINY_MODEL, f"there is no encoder tiny:{spec.name}", fix=did_you_mean(spec.name, SHAPES)
+                EncoderCode.UNKNOWN_TINY_MODEL, f"unknown encoder tiny:{spec.name}", fix=did_you_mean(spec.name, SHAPES)
             )
 
     def _encode(self, inputs: Inputs) -> Encoded:

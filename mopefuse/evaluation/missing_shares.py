@@ -43,7 +43,7 @@ def parse_shares(texts: Sequence[str]) -> list[Shares] | None:
             raise ConfigError(ConfigCode.BAD_MISSING_SHARE, f"{text} is not MODALITY=SHARE", where=f"--missing {text}", fix=fix)
         if what in found:
             raise ConfigError(
-                ConfigCode.BAD_MISSING_SHARE, f"{what} is given twice", where=f"--missing {text}", fix="give it once"
+                ConfigCode.BAD_MISSING_SHARE, f"{what} is specified twice", where=f"--missing {text}", fix="specify it once"
             )
         found[what] = share
     return [found]

@@ -127,12 +127,12 @@ def _cached_features(
         if side in model.reads_tokens:
             found = split_tokens(encoder, data, split, config, device, advance=advance)
             if isinstance(found, str):
-                notice(f"{split}: output tokens of {encoder.spec} are computed in every step, as {found}")
+                notice(f"{split}: output tokens of {encoder.spec} are computed in every step, because {found}")
                 continue
             tokens[side] = found
             notice(f"{split}: output tokens of {encoder.spec} take {size(found.size)}, {found.origin}")
         features[side] = pooled = split_features(encoder, data, split, config, device, advance=advance)
-        what = f"{pooled.different:,} different {get_modality(encoder.modality).plural}"
+        what = f"{pooled.different:,} distinct {get_modality(encoder.modality).plural}"
         notice(f"{split}: {what} encoded once by {encoder.spec}, {pooled.origin}")
     return {"features": features, "tokens": tokens}
 

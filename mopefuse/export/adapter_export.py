@@ -109,7 +109,7 @@ def write_adapter(
         large = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
         if large:
             what = f"{large[0]} has values outside the range of 16-bit floats"
-            raise ConfigError(ConfigCode.VALUES_EXCEED_HALF_PRECISION, what, where="--half", fix="remove it")
+            raise ConfigError(ConfigCode.VALUES_EXCEED_HALF_PRECISION, what, where="--half", fix="remove --half")
     write_tensors(folder / "weights.safetensors", state)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (folder / adapter_folder.FACTS).write_text(dump_json(facts), encoding="utf-8")
@@ -127,20 +127,20 @@ def require_free(out: Path, overwrite: bool) -> None:
     taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     replaceable = out.is_dir() and kind_of(out) in (BUNDLE, adapter_folder.KIND)
     if taken and not (overwrite and replaceable):
-        fix = "choose another --out" + (", or add --overwrite" if replaceable else "")
+        fix = "choose a different --out" + (", or add --overwrite" if replaceable else "")
         raise ConfigError(ConfigCode.RUN_FOLDER_NOT_EMPTY, f"{out} is not empty", where="--out", fix=fix)
 
 
 def _names_of(model: Fusion, labels: Sequence[str] | None) -> tuple[str, ...]:
     names = model.labels if labels is None else () if isinstance(labels, str) else tuple(labels)
     if not names:
-        fix = "give labels=[...] to save_adapter or to build_fusion"
+        fix = "pass labels=[...] to save_adapter or to build_fusion"
         raise ConfigError(
             ConfigCode.MODEL_WITHOUT_LABEL_NAMES, "the model has no names for its labels", where="labels", fix=fix
         )
     if len({*names}) < len(names) or (model.num_labels and len(names) != model.num_labels):
         what = f"{len(names)} label names ({len({*names})} distinct) were given for {model.num_labels} logits"
-        raise ConfigError(ConfigCode.LABEL_NAMES_DO_NOT_FIT_MODEL, what, where="labels", fix="give one name for each logit")
+        raise ConfigError(ConfigCode.LABEL_NAMES_DO_NOT_FIT_MODEL, what, where="labels", fix="pass one name for each logit")
     return names
 
 
@@ -154,7 +154,7 @@ def _thresholds_for(labels: Sequence[str], thresholds: float | Sequence[float]) 
     if len(each) != len(labels) or not all(0 < threshold < 1 for threshold in each):
         what = f"thresholds must be one probability, or one per label ({len(labels)}), got {thresholds!s:.60}"
         raise ConfigError(
-            ConfigCode.INVALID_THRESHOLDS, what, where="thresholds", fix="give values between 0 and 1, or leave it out for 0.5"
+            ConfigCode.INVALID_THRESHOLDS, what, where="thresholds", fix="pass values between 0 and 1, or omit it for 0.5"
         )
     return each
 

@@ -217,7 +217,7 @@ def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Seq
         for name, tensor in own.items():
             if not np.array_equal(tensor.numpy(), theirs[name]):
                 where, what = f"inputs {group}", f"{name} of the bundle differs from training for the same pair"
-                raise GateError(GateCode.EXPORT_DIFFERS, what, where=where, fix="use --format adapter, and report it")
+                raise GateError(GateCode.EXPORT_DIFFERS, what, where=where, fix="use --format adapter, and report this bug")
         with torch.no_grad():
             wanted = [output.numpy() for output in made(own)]
         found = bundle.run(theirs)
@@ -228,7 +228,7 @@ def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Seq
     if not max(worst, routed) <= TOLERANCE:
         what = f"the exported graph's outputs differ by {max(worst, routed):.2g}, more than {TOLERANCE:g}"
         where = f"{agree} of {count} labels agree"
-        raise GateError(GateCode.EXPORT_DIFFERS, what, where=where, fix="use --format adapter, and report it")
+        raise GateError(GateCode.EXPORT_DIFFERS, what, where=where, fix="use --format adapter, and report this bug")
     return Parity(
         max_difference=worst,
         labels_agree=agree / count,
@@ -244,7 +244,7 @@ def _difference(found: Array, wanted: Array) -> float:
             NumericCode.PREDICTION_NOT_FINITE,
             "the model's prediction is NaN or infinite",
             where="probes",
-            fix="use another checkpoint",
+            fix="use a different --checkpoint",
         )
     return float(np.abs(found - wanted).max())
 

@@ -106,7 +106,7 @@ def _refuse(out: Path, form: str, options: Mapping[str, bool], overwrite: bool) 
                 ConfigCode.OPTION_OF_OTHER_FORMAT,
                 what,
                 where=option,
-                fix=f"leave it out, or use --format {_GOES_WITH[option][0]}",
+                fix=f"remove {option}, or use --format {_GOES_WITH[option][0]}",
             )
     require_free(out, overwrite)
 

@@ -76,7 +76,10 @@ def prepare_upload(
         there, private = None, False
     if there and not private and not public:
         raise ConfigError(
-            ConfigCode.REPOSITORY_IS_PUBLIC, f"{name} is public", where="push", fix="add --public, or choose another repository"
+            ConfigCode.REPOSITORY_IS_PUBLIC,
+            f"{name} is public",
+            where="push",
+            fix="add --public, or choose a different repository",
         )
     with tempfile.TemporaryDirectory() as temporary:
         if not kind:
@@ -158,7 +161,7 @@ def _explain(error: Exception, repo: str) -> MopefuseError:
             fix="write organisation/name",
         )
     if status in (401, 403):
-        fix = "set HF_TOKEN to a token that may write there"
+        fix = "set HF_TOKEN to a token with write permission"
         return EncoderError(
             EncoderCode.HUB_WRITE_FORBIDDEN,
             f"you do not have write access to {repo} on the hub (HTTP {status})",

@@ -17,5 +17,5 @@ def text_and_image_sides(model: Fusion) -> tuple[str, str]:
     if sides.keys() != {"text", "image"}:
         found = " and ".join(model.encoder(side).modality for side in model.uses)
         what = f"{model.config.method} needs a text and an image encoder, but they read {found}"
-        raise EncoderError(EncoderCode.NEEDS_IMAGE_AND_TEXT, what, fix="give one of each as --main and --comp")
+        raise EncoderError(EncoderCode.NEEDS_IMAGE_AND_TEXT, what, fix="use one of each as --main and --comp")
     return sides["text"], sides["image"]

@@ -88,16 +88,16 @@ class Fusion(nn.Module):
         self.standard: nn.ModuleDict | None = None  # by side, if the head takes standardised features
         self.absent = nn.ParameterDict()
         if config.either and "main" not in self.droppable_sides:
-            what = f"{config.method} cannot do without the main modality"
+            what = f"{config.method} requires the main modality"
             raise ConfigError(
                 ConfigCode.MAIN_NOT_OPTIONAL, what, where="--either", fix="use --method conditional, mlp or late-concat"
             )
         if config.either and len({self.encoder(side).modality for side in self.uses}) == 1:
             what = f"all encoders read {self.encoder('main').modality}, so a sample without it has no input"
-            raise ConfigError(ConfigCode.MAIN_NOT_OPTIONAL, what, where="--either", fix="remove it")
+            raise ConfigError(ConfigCode.MAIN_NOT_OPTIONAL, what, where="--either", fix="remove --either")
         if config.train.modality_dropout and not self.droppable_sides:
             what = f"{config.method} needs every modality, so none can be dropped"
-            raise ConfigError(ConfigCode.NOTHING_TO_DROP, what, where="--modality-dropout", fix="remove it")
+            raise ConfigError(ConfigCode.NOTHING_TO_DROP, what, where="--modality-dropout", fix="remove --modality-dropout")
 
     def learn_absence(self, sides: Sequence[str]) -> None:
         """Add for each of `sides` a trainable vector, by which `replace_missing` replaces features that a sample lacks."""
@@ -129,12 +129,12 @@ class Fusion(nn.Module):
         """
         complementary = [side for side in specs(config) if is_comp(side)]
         if "comp" in cls.uses and len(complementary) > 1 and not cls.takes_several_comps:
-            what = f"{config.method} takes one complementary encoder, and {len(complementary)} are given"
+            what = f"{config.method} takes one complementary encoder, got {len(complementary)}"
             raise ConfigError(
                 ConfigCode.TOO_MANY_ENCODERS,
                 what,
                 where="--comp",
-                fix="name one, or use --method conditional, mlp, late-concat or linear",
+                fix="pass --comp once, or use --method conditional, mlp, late-concat or linear",
             )
         return tuple(one for side in cls.uses for one in (complementary if side == "comp" else [side]))
 
@@ -341,7 +341,7 @@ class Fusion(nn.Module):
                 CheckpointCode.STATE_MISMATCH,
                 f"the weights do not fit the model: {'; '.join(problems[:8])}",
                 where=where,
-                fix="use another checkpoint",
+                fix="use a checkpoint of this model",
             )
         with torch.no_grad():
             for name, tensor in expected.items():

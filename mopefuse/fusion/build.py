@@ -143,7 +143,7 @@ def _label_names(num_labels: int | None, labels: Sequence[str] | None) -> tuple[
     if labels is not None:
         names = () if isinstance(labels, str) else tuple(labels)
         if not names or not all(isinstance(name, str) and name for name in names) or len({*names}) < len(names):
-            fix = 'give labels as ["cat", "dog"]'
+            fix = 'pass labels=["cat", "dog"]'
             raise ConfigError(
                 ConfigCode.LABEL_NAMES_NOT_UNIQUE, "labels must be a non-empty list of distinct names", where="labels", fix=fix
             )
@@ -154,7 +154,7 @@ def _label_names(num_labels: int | None, labels: Sequence[str] | None) -> tuple[
     if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
         what = f"num_labels must be a positive integer, got {num_labels!r}"
         raise ConfigError(
-            ConfigCode.NUM_LABELS_MISSING, what, where="num_labels", fix="give num_labels=N, or the names as labels=[...]"
+            ConfigCode.NUM_LABELS_MISSING, what, where="num_labels", fix="pass num_labels=N, or the names as labels=[...]"
         )
     return (), num_labels
 
@@ -235,7 +235,7 @@ def _too_large(config: RunConfig, needed: str) -> ResourceError:
     """The error for a model that does not fit into memory, with the settings that make it large."""
     values, usual = (flatten(one.model_dump()) for one in (config, RunConfig(main="", comp="")))
     large = [f"{path}={values[path]}" for path in SIZES if (values[path] or 0) > (usual[path] or 6)]
-    fix = "lower them" if large else "free memory, or use another --method"
+    fix = "lower these settings" if large else "free memory, or use a different --method"
     return ResourceError(ResourceCode.MODEL_TOO_LARGE, f"no memory for the model{needed}", where=", ".join(large), fix=fix)
 
 
@@ -279,7 +279,7 @@ def _require_declared(side: str, encoder: Encoder) -> None:
             ConfigCode.ENCODER_MODALITY_NOT_INSTALLED,
             what,
             where=f"--{side}",
-            fix="install the plugin that provides it, or use another encoder",
+            fix="install the plugin that provides it, or use a different encoder",
         )
 
 

@@ -108,7 +108,7 @@ class Collator:
         count = modalities.count_samples(values)
         if not count:
             given = " and ".join(f"0 {modalities.get_modality(name).plural}" for name in values) or "nothing"
-            raise DataError(DataCode.NO_PAIRS, f"{given} do not form pairs", fix="give one value for each sample")
+            raise DataError(DataCode.NO_PAIRS, f"{given} do not form pairs", fix="pass one value for each sample")
         modalities.require_types(values)
         read = {name for name, _ in self.readers.values()}
         values |= {name: modalities.prepare_values(name, values[name]) for name in read if name in values}
@@ -130,7 +130,10 @@ class Collator:
         if without:
             what = "the row has no label, but other rows of the batch have one"
             raise DataError(
-                DataCode.ROWS_WITH_AND_WITHOUT_LABEL, what, where=f"sample {without[0]}", fix="give each row a label, or none"
+                DataCode.ROWS_WITH_AND_WITHOUT_LABEL,
+                what,
+                where=f"sample {without[0]}",
+                fix="add a label to every row, or to none",
             )
         for number, row in enumerate(rows):
             self._check_label(row[LABEL], f"sample {number}")
@@ -153,8 +156,8 @@ class Collator:
             raise DataError(
                 DataCode.LABEL_INDEX_OUT_OF_RANGE, what, where=where, fix=f"use indices from 0 to {self.num_labels - 1}"
             )
-        wanted = "a list of indices, as the model is multi-label" if self.multi_label else "one index from 0"
-        fix = f"give {wanted}; a mopefuse.PairDataset does"
+        wanted = "a list of indices, because the model is multi-label" if self.multi_label else "one index from 0"
+        fix = f"pass {wanted}; mopefuse.PairDataset does this"
         raise DataError(DataCode.INVALID_LABEL_VALUE, f"the label is {label!r:.60}, expected {wanted}", where=where, fix=fix)
 
 

@@ -145,7 +145,7 @@ class ConditionalFusion(Fusion):
         widths = {side: self.encoder(side).token_width for side in self.comps}
         for side in (side for side, width in widths.items() if not width):
             what = f"{self.encoder(side).spec} does not provide its tokens"
-            fix = "use --condition pooled, or another encoder as --comp"
+            fix = "use --condition pooled, or a different encoder as --comp"
             raise EncoderError(EncoderCode.TOKEN_WIDTH_UNKNOWN, what, where="--condition tokens", fix=fix)
         return widths
 

@@ -166,7 +166,9 @@ class Flamingo(Fusion):
             comp = self.encoder(side)
             if not comp.token_width:
                 what = f"{comp.spec} does not provide its tokens"
-                raise EncoderError(EncoderCode.TOKEN_WIDTH_UNKNOWN, what, fix="use another encoder, or --method conditional")
+                raise EncoderError(
+                    EncoderCode.TOKEN_WIDTH_UNKNOWN, what, fix="use a different encoder, or --method conditional"
+                )
             self.resamplers[side] = Resampler(settings, comp.token_width)
         chosen = select_layers(config.prompts.layers, len(main.widths))
         self.layers = nn.ModuleDict({str(layer): GatedLayer(settings, main.widths[layer]) for layer in chosen})

@@ -71,7 +71,7 @@ class Fold(NamedTuple):
         if not all(buffer_C.isfinite().all() for buffer_C in found.values()):
             what = f"a feature of the {side} encoder is not finite on the training split"
             raise NumericError(
-                NumericCode.FEATURE_NOT_FINITE, what, fix="add --set train.precision=fp32, or use another encoder"
+                NumericCode.FEATURE_NOT_FINITE, what, fix="add --set train.precision=fp32, or use a different encoder"
             )
         return found
 

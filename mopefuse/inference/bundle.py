@@ -89,7 +89,7 @@ class Bundle:
                 inputs[f"{side}_missing"] = np.array([value is None for value in given], dtype=np.bool_)
             elif any(value is None for value in given):
                 what = f"a sample has no {how['modality']}, and the model was not trained to handle that"
-                raise DataError(DataCode.MODALITY_REQUIRED, what, where=side, fix="remove it")
+                raise DataError(DataCode.MODALITY_REQUIRED, what, where=side, fix="remove the sample")
             own = modality.fill_missing(how["modality"], given)
             if how["modality"] == "image":
                 resize = how["resize"] if isinstance(how["resize"], int) else (how["resize"][0], how["resize"][1])
@@ -164,8 +164,8 @@ class Bundle:
         if inputs.keys() != shapes.keys():
             raise DataError(
                 DataCode.WRONG_INPUT_NAMES,
-                f"the inputs are {', '.join(sorted(inputs))}",
-                fix=f"give {', '.join(sorted(shapes))}, as `collate` does",
+                f"got the inputs {', '.join(sorted(inputs))}",
+                fix=f"pass {', '.join(sorted(shapes))}, such as those that `collate` returns",
             )
         batch = len(next(iter(inputs.values())))
         for name, array in inputs.items():
@@ -174,7 +174,7 @@ class Bundle:
             if array.dtype != kind or not fits or not batch or len(array) != batch:
                 wanted = "x".join(str(side) if side else "L" for side in shape[1:])
                 what = f"{name} is {array.dtype} of shape {'x'.join(map(str, array.shape))}"
-                fix = f"give {np.dtype(kind)} of shape Bx{wanted}, with the same B from 1 in all inputs"
+                fix = f"pass {np.dtype(kind)} of shape Bx{wanted}, with the same batch size B >= 1 in all inputs"
                 raise DataError(DataCode.WRONG_INPUT_SHAPE, what, where=name, fix=fix)
             if name.endswith("_ids"):
                 _check_ids(name, array, inputs[name.replace("_ids", "_mask")], how)
@@ -185,12 +185,12 @@ def _verified(folder: Path) -> dict[str, Any]:
     manifest = verify(folder, kind=KIND)
     if manifest.get("model") not in [*MODELS]:  # a list, as the value may not be hashable
         raise CheckpointError(
-            CheckpointCode.CONTENT_DAMAGED, "the manifest names no model", where=str(folder), fix=EXPORT_AGAIN
+            CheckpointCode.CONTENT_DAMAGED, "the manifest lists no model", where=str(folder), fix=EXPORT_AGAIN
         )
     missing = {"labels.json", "preprocess.json", MODELS[manifest["model"]]} - manifest["files"].keys()
     if missing:
         raise CheckpointError(
-            CheckpointCode.CONTENT_DAMAGED, f"the manifest names no {min(missing)}", where=str(folder), fix=EXPORT_AGAIN
+            CheckpointCode.CONTENT_DAMAGED, f"the manifest lists no {min(missing)}", where=str(folder), fix=EXPORT_AGAIN
         )
     return manifest
 
@@ -209,7 +209,7 @@ def _check_ids(name: str, ids_BL: Array, mask_BL: Array, how: Mapping[str, Any])
     if ids_BL.shape != mask_BL.shape or not 1 <= ids_BL.shape[1] <= length or not mask_BL.any(axis=1).all():
         what = f"{name} of shape {ids_BL.shape} does not match its mask, or does not have 1 to {length} tokens"
         raise DataError(
-            DataCode.MASK_MISMATCH, what, where=name, fix="give ids and mask of one shape, with a real token in each row"
+            DataCode.MASK_MISMATCH, what, where=name, fix="pass ids and mask of the same shape, with a real token in each row"
         )
     if ids_BL.min() < 0 or (most and ids_BL.max() >= most):
         what = f"{name} has the token {ids_BL.max() if ids_BL.min() >= 0 else ids_BL.min()}; valid ids are 0 to {most - 1}"

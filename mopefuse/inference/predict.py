@@ -88,7 +88,7 @@ class Predictor:
         """
         if top is not None and top < 1:
             raise ConfigError(
-                ConfigCode.BAD_TOP_COUNT, f"top must be at least 1, got {top}", where="predict", fix="give 1 or more"
+                ConfigCode.BAD_TOP_COUNT, f"top must be at least 1, got {top}", where="predict", fix="use 1 or more"
             )
         values = modality.from_arguments((images, texts), more)
         if not modality.count_samples(values):
@@ -99,7 +99,7 @@ class Predictor:
             raise NumericError(
                 NumericCode.PREDICTION_NOT_FINITE,
                 "the model's prediction is NaN or infinite",
-                fix="train again, or use another checkpoint",
+                fix="train again, or use a different --checkpoint",
             )
         predictions = [prediction(p_N, self.model, top) for p_N in p_BN]
         if routing and weights_BLK is not None:
@@ -119,7 +119,7 @@ def _require(values: Mapping[str, Sequence[Any]], model: Model) -> None:
             raise DataError(
                 DataCode.MODALITY_REQUIRED,
                 what,
-                fix="remove it, or train with --modality-dropout (or --either, if the main modality is missing)",
+                fix="remove the sample, or train with --modality-dropout (or --either, if the main modality is missing)",
             )
 
 
@@ -152,11 +152,11 @@ def load(
     folder = locate(path)
     if not folder.is_dir():
         raise CheckpointError(
-            CheckpointCode.NOT_FOUND, f"there is no run {path}", fix="give a folder that mopefuse train or export wrote"
+            CheckpointCode.NOT_FOUND, f"run not found: {path}", fix="pass a folder written by mopefuse train or mopefuse export"
         )
     if kind_of(folder) == "bundle":
         if checkpoint != "best" or main or comp:
-            fix = "leave --checkpoint, --main and --comp out"
+            fix = "remove --checkpoint, --main and --comp"
             raise ConfigError(
                 ConfigCode.MODEL_WITHOUT_ENCODERS,
                 "checkpoint and encoders of a bundle cannot be changed",
@@ -224,8 +224,8 @@ def read_pairs(
         if not source.is_file():
             raise DataError(
                 DataCode.NO_TABLE,
-                f"there is no file {source}",
-                fix="give a .jsonl, .csv, .tsv or .parquet file, or - for stdin",
+                f"file not found: {source}",
+                fix="pass a .jsonl, .csv, .tsv or .parquet file, or - for stdin",
             )
         table = find_tables(source, config)[""]
         root, file, rows = source.parent, table.file, table.rows()
@@ -257,8 +257,8 @@ def _pair(found: TableRow, file: str, roots: Sequence[Path], layouts: Sequence[L
                 values[name] = modality.get_modality(name).read(value, roots, where=place, config=config)
         return Pair(identity, values)
     except InvalidRow as error:
-        named = "name the column that has it with --text-col, --image-col or --column, or remove the row"
-        fix = named if str(error).startswith(("has no ", "has none of ")) else "correct or remove it"
+        named = "specify its column with --text-col, --image-col or --column, or remove the row"
+        fix = named if str(error).startswith(("has no ", "has none of ")) else "correct or remove the row"
         return Pair(identity, error=DataError(DataCode.BAD_ROW, f"{where} {error}", where=where, fix=fix))
     except MopefuseError as error:
         return Pair(identity, error=error)

@@ -103,7 +103,7 @@ def read_pt2(file: Path) -> tuple[bytes, dict[str, Tensor], dict[str, Tensor]]:
             payloads = [_parsed(PAYLOADS, archive, records, name, file)["config"] for name in (_WEIGHTS, _CONSTANTS)]
             for name, pattern in _MARKS.items():
                 if name in records and not re.fullmatch(pattern, archive.read(records.pop(name))):
-                    raise _refused(file, f"{name} of another kind")
+                    raise _refused(file, f"{name} of a different kind")
             weights = _tensors(archive, records, "data/weights/", payloads[0], file)
             constants = _tensors(archive, records, "data/constants/", payloads[1], file)
     except (CheckpointError, MemoryError):
@@ -178,8 +178,8 @@ def _tensors(
 
 
 def _refused(file: Path, what: str) -> CheckpointError:
-    fix = "use --format onnx, or do not use it"
-    what = f"{file.name} contains what no exported graph needs and what could run code when loaded: {what}"
+    fix = "do not load this file; ask its author for an ONNX export"
+    what = f"{file.name} contains records that exported graphs never need and that could run code when loaded: {what}"
     return CheckpointError(CheckpointCode.UNSAFE_CONTENT, what, where=str(file), fix=fix)
 
 

@@ -27,7 +27,7 @@ def parse_gates(texts: Sequence[str]) -> dict[str, float]:
         name, _, value = text.partition("=")
         if name not in METRICS:
             raise ConfigError(
-                ConfigCode.UNKNOWN_METRIC, f"there is no metric {name!r}", where="--min", fix=did_you_mean(name, METRICS)
+                ConfigCode.UNKNOWN_METRIC, f"unknown metric {name!r}", where="--min", fix=did_you_mean(name, METRICS)
             )
         try:
             gates[name] = float(value)
@@ -50,7 +50,10 @@ def check_gates(found: Mapping[str, float], gates: Mapping[str, float]) -> None:
     for name, least in gates.items():
         if name not in found:
             raise ConfigError(
-                ConfigCode.UNKNOWN_METRIC, f"these data have no metric {name!r}", where="--min", fix=did_you_mean(name, found)
+                ConfigCode.UNKNOWN_METRIC,
+                f"metric {name!r} is not defined for these data",
+                where="--min",
+                fix=did_you_mean(name, found),
             )
         if not found[name] >= least:
             raise GateError(

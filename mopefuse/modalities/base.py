@@ -41,7 +41,7 @@ class Modality:
     name: str = ""
     plural: ClassVar[str] = "values"
     value_description: ClassVar[str] = "a value"
-    type_fix: ClassVar[str] = "pass another"
+    type_fix: ClassVar[str] = "pass a value of the expected type"
     common_columns: ClassVar[tuple[str, ...]] = ()
     leak_kind: ClassVar[str] = "leaked-value"
     is_file: ClassVar[bool] = False
@@ -145,7 +145,7 @@ def from_arguments(by_position: Sequence[Any], more: Mapping[str, Any]) -> dict[
     for name in more:
         if name not in modality_names():
             raise DataError(
-                DataCode.UNKNOWN_MODALITY, f"there is no modality {name!r}", fix=did_you_mean(name, modality_names())
+                DataCode.UNKNOWN_MODALITY, f"unknown modality {name!r}", fix=did_you_mean(name, modality_names())
             )
     positional = {name: values for name, values in zip(BY_POSITION, by_position, strict=True) if values is not None}
     return {name: _listed(get_modality(name), values) for name, values in {**positional, **more}.items()}
@@ -170,7 +170,7 @@ def count_samples(values: Mapping[str, Sequence[Any]]) -> int:
     if len(set(sizes.values())) > 1:
         counts = " and ".join(f"{size} {get_modality(name).plural}" for name, size in sizes.items())
         *others, last = sizes
-        fix = f"give one {last} for each {others[0]}"
+        fix = f"pass one {last} for each {others[0]}"
         raise DataError(DataCode.NO_PAIRS, f"the numbers of values differ: {counts}", fix=fix)
     return next(iter(sizes.values()), 0)
 
@@ -216,6 +216,6 @@ def require_values(name: str, values: Mapping[str, Sequence[Any]], who: str) -> 
         raise DataError(
             DataCode.WRONG_VALUE_KIND,
             f"{who} reads {name}, but got {got}",
-            fix=f"give {get_modality(name).plural}, or None for each sample",
+            fix=f"pass {get_modality(name).plural}, or None for each sample",
         )
     return values[name]

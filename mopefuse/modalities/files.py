@@ -139,7 +139,10 @@ def regular_file(path: Path, name: str, *, where: str, what: str) -> Path:
     if not stat.S_ISREG(mode):
         article = "an" if what[:1] in "aeiou" else "a"
         raise DataError(
-            DataCode.NOT_A_REGULAR_FILE, f"{name} is not a regular file", where=where, fix=f"name {article} {what} file"
+            DataCode.NOT_A_REGULAR_FILE,
+            f"{name} is not a regular file",
+            where=where,
+            fix=f"use the path of {article} {what} file",
         )
     return path
 
@@ -180,7 +183,7 @@ def root_to_name(roots: Sequence[Path], names: Sequence[str]) -> str:
     for folder in nearby:
         if all(os.path.isfile(folder / name) for name in names[:3]):
             return f"add --image-root {folder}"
-    return "give their folder with --image-root DIR"
+    return "add --image-root DIR, the folder that contains them"
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -86,7 +86,7 @@ def _decoded(
         size = image.size
         if size[0] * size[1] > max_pixels:
             what = f"{relative} has {size[0]} x {size[1]} pixels, more than {max_pixels:,}"
-            raise DataError(DataCode.TOO_MANY_PIXELS, what, where=where, fix="shrink it, or raise data.max_pixels")
+            raise DataError(DataCode.TOO_MANY_PIXELS, what, where=where, fix="shrink the image, or raise data.max_pixels")
         if not glance:
             return upright_rgb(image), size
         image.draft(None, (size[0] // 8, size[1] // 8))
@@ -98,7 +98,7 @@ def _decoded(
     except Image.DecompressionBombError as error:  # "Image size (400000000 pixels) exceeds ...", nothing was decoded
         count = int(next(iter(re.findall(r"\d+", str(error))), 0))
         what = f"{relative} has {count:,} pixels, more than {max_pixels:,}"
-        raise DataError(DataCode.TOO_MANY_PIXELS, what, where=where, fix="shrink it") from None
+        raise DataError(DataCode.TOO_MANY_PIXELS, what, where=where, fix="shrink the image") from None
     except MemoryError:
         raise
     except Exception as error:  # decoders can raise any exception on damaged files
@@ -112,14 +112,14 @@ def _decoded(
                 fix=fix,
             ) from None
         what = f"{relative} is not a readable image ({_looks_like(content, error)})"
-        raise DataError(DataCode.FILE_UNREADABLE, what, where=where, fix="replace or remove it") from None
+        raise DataError(DataCode.FILE_UNREADABLE, what, where=where, fix="replace or remove the image") from None
 
 
 def _from_python(image: Image.Image, *, where: str) -> Image.Image:
     """Convert an image from Python to upright RGB."""
     if 0 in image.size:
         raise DataError(
-            DataCode.IMAGE_WITHOUT_PIXELS, "the image has no pixels", where=where, fix="remove it, or give another image"
+            DataCode.IMAGE_WITHOUT_PIXELS, "the image has no pixels", where=where, fix="remove it, or pass a different image"
         )
     try:
         if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
@@ -127,14 +127,17 @@ def _from_python(image: Image.Image, *, where: str) -> Image.Image:
                 NumericCode.PIXELS_NOT_FINITE,
                 "the image has pixels that are not finite",
                 where=where,
-                fix="give an 8-bit image",
+                fix="pass an 8-bit image",
             )
         return upright_rgb(image)
     except (NumericError, MemoryError):
         raise
     except Exception as error:  # Pillow reads the file only now, and decoders raise anything
         raise DataError(
-            DataCode.FILE_UNREADABLE, f"the image cannot be read ({_reason(error)})", where=where, fix="replace or remove it"
+            DataCode.FILE_UNREADABLE,
+            f"the image cannot be read ({_reason(error)})",
+            where=where,
+            fix="replace or remove the image",
         ) from None
 
 
@@ -175,7 +178,7 @@ class Images(Files):
 
     plural: ClassVar[str] = "images"
     value_description: ClassVar[str] = "an image"
-    type_fix: ClassVar[str] = "give a PIL image, the path of a file, or an array of uint8 (height, width, 3)"
+    type_fix: ClassVar[str] = "pass a PIL image, the path of a file, or an array of uint8 (height, width, 3)"
     common_columns: ClassVar[tuple[str, ...]] = (
         "image", "image_path", "img_path", "filename", "file_name", "file", "path", "photo", "picture",
     )  # fmt: skip

@@ -13,7 +13,7 @@ class Texts(Modality):
     plural: ClassVar[str] = "texts"
     value_description: ClassVar[str] = "a string"
     leak_kind: ClassVar[str] = "leaked-text"
-    type_fix: ClassVar[str] = "give texts as strings"
+    type_fix: ClassVar[str] = "pass texts as strings"
     common_columns: ClassVar[tuple[str, ...]] = (
         "caption", "title", "name", "sentence", "description", "content", "plot", "review", "body",
     )  # fmt: skip

@@ -14,7 +14,7 @@ from mopefuse.report.chart import Chart, data_of, make_chart, plain, readable, s
 
 _NAME, _BAR_NAME = 18, 28  # characters of a name next to a heat map, and next to a bar
 _BINS = 32  # number of bins in a histogram
-_PLACES = 20  # in a decade of an axis of image sizes, if there are many different ones
+_PLACES = 20  # in a decade of an axis of image sizes, if there are many distinct ones
 _LISTED = 40  # sizes in the table of numbers
 _MOST_SIZES = 400
 

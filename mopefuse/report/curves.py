@@ -12,7 +12,7 @@ from mopefuse.report.chart import Chart, data_of, make_chart, plain, readable, s
 MOST_NAMED = 15  # points of a scatter that have a legend
 _NAME = 44  # characters of a name in a legend
 _FEW = 40  # points of a curve that are marked
-_ZOOM_FROM = 8  # different places of a curve that are worth a zoom
+_ZOOM_FROM = 8  # distinct places of a curve that are worth a zoom
 _HEIGHT = 240
 
 

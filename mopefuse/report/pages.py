@@ -121,11 +121,14 @@ def check_place(page: Path, data: Path | None) -> None:
             DataCode.PAGE_INSIDE_DATA,
             "the page would be inside the data folder",
             where=str(page),
-            fix="choose a file outside it",
+            fix="choose a file outside the data folder",
         )
     if page.exists() and not _is_ours(page):
         raise DataError(
-            DataCode.PAGE_NOT_OURS, f"{page.name} exists and is not a mopefuse page", where=str(page), fix="choose another file"
+            DataCode.PAGE_NOT_OURS,
+            f"{page.name} exists and is not a mopefuse page",
+            where=str(page),
+            fix="choose a different file",
         )
 
 

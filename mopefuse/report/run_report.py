@@ -146,7 +146,7 @@ def _run_of(run: Path) -> RunFolder:
     kind = kind_of(locate(run))
     if kind in ("adapter", "bundle"):
         what = f"{run} is {'an adapter' if kind == 'adapter' else 'a bundle'}, which has neither a log nor data"
-        raise CheckpointError(CheckpointCode.NO_TRAINING_LOG, what, fix="give the run that it was exported from")
+        raise CheckpointError(CheckpointCode.NO_TRAINING_LOG, what, fix="pass the run that it was exported from")
     folder = find_run(run)
     folder.config()
     if not folder.steps():

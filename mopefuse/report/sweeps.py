@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mopefuse.studies.compare import Row
 
-_LEAST = 3  # different values that make a line
+_LEAST = 3  # distinct values that make a line
 
 
 @dataclass(frozen=True)

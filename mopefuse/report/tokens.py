@@ -24,7 +24,7 @@ def tokens_of(spec: str) -> Tokens:
             DataCode.ENCODER_READS_NO_TEXT,
             f"{spec} does not read text",
             where="--encoder",
-            fix="give a text encoder, as hf:bert-base",
+            fix="use a text encoder, such as hf:bert-base",
         )
     return Tokens(str(encoder.spec), preprocess.max_tokens, lambda texts: measure(preprocess, texts))
 

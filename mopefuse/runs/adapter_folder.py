@@ -50,7 +50,7 @@ class AdapterFolder(RunFolder):
         if not verify(self.path, kind=KIND)["files"].keys() >= {FACTS, "config.yaml", "weights.safetensors"}:
             raise CheckpointError(
                 CheckpointCode.CONTENT_DAMAGED,
-                "the manifest names no weights",
+                "the manifest lists no weights",
                 where=str(self.path),
                 fix="export the run again",
             )

@@ -58,6 +58,6 @@ def check_facts(facts: dict[str, Any], file: Path) -> dict[str, Any]:
         name = ".".join(map(str, first["loc"]))
         what = f"{file.name} is damaged: {name}: {first['msg'][0].lower()}{first['msg'][1:]}"
         raise CheckpointError(
-            CheckpointCode.CONTENT_DAMAGED, what, where=str(file.parent), fix="restore that file, or use another copy"
+            CheckpointCode.CONTENT_DAMAGED, what, where=str(file.parent), fix="restore the original file"
         ) from None
     return facts

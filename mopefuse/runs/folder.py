@@ -72,7 +72,7 @@ class RunFolder:
         return leftovers
 
     def prepare(
-        self, *, resume: bool, overwrite: bool, fix: str = "add --resume or --overwrite, or choose another --out"
+        self, *, resume: bool, overwrite: bool, fix: str = "add --resume or --overwrite, or choose a different --out"
     ) -> None:
         """Make the folder ready for a new or a resumed run, before anything slow is done; safe to call twice.
 
@@ -85,14 +85,14 @@ class RunFolder:
         """
         if resume and overwrite:
             raise ConfigError(
-                ConfigCode.RESUME_AND_OVERWRITE, "--resume and --overwrite contradict each other", fix="choose one"
+                ConfigCode.RESUME_AND_OVERWRITE, "--resume and --overwrite contradict each other", fix="remove one of them"
             )
         occupied = not self._has_no_checkpoint() and not self._leftovers().issuperset(self.path.iterdir())
         if occupied and not (resume or overwrite):
             raise ConfigError(ConfigCode.RUN_FOLDER_NOT_EMPTY, f"{self.path} is not empty", where="--out", fix=fix)
         if occupied and not self.exists():
             flag = "--overwrite" if overwrite else "--resume"
-            fix = "choose another --out, or empty the folder"
+            fix = "choose a different --out, or empty the folder"
             raise ConfigError(ConfigCode.NOT_A_RUN_FOLDER, f"{self.path} is not a mopefuse run", where=flag, fix=fix)
         if resume and self._start.exists() and not self.exists():
             what = f"{self.path} was interrupted before its initial weights were saved"
@@ -108,9 +108,9 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(
                 ConfigCode.RUN_FOLDER_NOT_WRITABLE,
-                f"the run directory {self.path} is not writable: {error.strerror}",
+                f"the run folder {self.path} is not writable: {error.strerror}",
                 where="--out",
-                fix="choose another --out",
+                fix="choose a different --out",
             ) from None
 
     def lock(self) -> str:
@@ -189,7 +189,7 @@ class RunFolder:
         if not self.exists():
             inside = (child for child in self.path.iterdir() if RunFolder(child).exists()) if self.path.is_dir() else ()
             run = min(inside, default=None)
-            fix = f"give a run in it, such as {run}" if run else "give a folder that mopefuse train wrote"
+            fix = f"pass a run in it, such as {run}" if run else "pass a folder written by mopefuse train"
             raise CheckpointError(CheckpointCode.NOT_FOUND, f"{self.path} is not a run", fix=fix)
         registry.require(self.manifest()["plugins"], where=str(self.path))
         return saved_config(self.config_file)
@@ -269,7 +269,7 @@ class RunFolder:
             facts = verify(self._start, kind=START)
             if facts.get("start") != expected:
                 raise CheckpointError(
-                    CheckpointCode.START_CHANGED, "the initial weights belong to another run", where=str(self._start)
+                    CheckpointCode.START_CHANGED, "the initial weights belong to a different run", where=str(self._start)
                 )
         except CheckpointError as error:
             error.fix = "run mopefuse swap-encoder again"
@@ -334,7 +334,7 @@ class RunFolder:
                     raise
                 damaged = damaged or error
         if damaged is not None:
-            damaged.fix = "begin a new run: there is no undamaged checkpoint"
+            damaged.fix = "start a new run: there is no undamaged checkpoint"
             raise damaged
         return None
 
@@ -354,7 +354,7 @@ class RunFolder:
             known = ", ".join(f"step-{step}" for step in steps)
             fix = f"use one of {known}" if known else "train the run until its first checkpoint"
             raise CheckpointError(
-                CheckpointCode.NOT_FOUND, f"there is no checkpoint {which}", where=str(self.checkpoints), fix=fix
+                CheckpointCode.NOT_FOUND, f"checkpoint not found: {which}", where=str(self.checkpoints), fix=fix
             )
         try:
             manifest = verify(folder, kind=CHECKPOINT)

@@ -242,5 +242,5 @@ def with_labels(data: DataSet, manifest: Mapping[str, Any], split: str) -> DataS
     if data.multi_label != manifest["multi_label"]:
         trained_as, found = ("multi-label", "single") if manifest["multi_label"] else ("single-label", "lists of")
         what = f"the model is {trained_as}, and the data have {found} labels"
-        raise DataError(DataCode.MIXED_LABELS, what, where=split, fix="write labels as in training")
+        raise DataError(DataCode.MIXED_LABELS, what, where=split, fix="write the labels in the same form as in training")
     return replace(data, labels=labels)

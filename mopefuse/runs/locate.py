@@ -45,8 +45,8 @@ def locate(path: str | Path) -> Path:
         for name in (MANIFEST, *names):
             fetched = _fetch(repo, name, commit, text)
             if fetched is None:
-                what = f"{repo} lacks {name}, which its manifest names"
-                raise CheckpointError(CheckpointCode.FILE_DAMAGED, what, where=text, fix="report it to its owner")
+                what = f"{repo} lacks {name}, which its manifest lists"
+                raise CheckpointError(CheckpointCode.FILE_DAMAGED, what, where=text, fix="report this to its owner")
             target = folder / "model" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(fetched, target)
@@ -75,12 +75,12 @@ def _fetch(repo: str, name: str, revision: str | None, where: str) -> Path | Non
         return hub.fetch(repo, name, revision, where=where)
     except EncoderError as error:
         if error.number in (EncoderCode.OFFLINE, EncoderCode.UNREACHABLE):
-            error.fix = "go online, or give a folder with a copy of the model"
+            error.fix = "go online, or pass a folder with a copy of the model"
         raise
 
 
 def _no_model(repo: str, where: str) -> CheckpointError:
-    fix = "give a repository that mopefuse push wrote"
+    fix = "pass a repository written by mopefuse push"
     return CheckpointError(CheckpointCode.NOT_OURS, f"{repo} does not hold a mopefuse model", where=where, fix=fix)
 
 
@@ -92,7 +92,7 @@ def _errors_name(where: str) -> Iterator[None]:
     except CheckpointError as error:
         error.where = where
         if error.number == CheckpointCode.FILE_DAMAGED:
-            error.fix = "choose another revision, or report it to its owner"
+            error.fix = "choose a different revision, or report this to its owner"
         raise
 
 
@@ -111,11 +111,11 @@ def find_run(path: str | Path) -> RunFolder:
     folder = locate(path)
     if not folder.is_dir():
         raise CheckpointError(
-            CheckpointCode.NOT_FOUND, f"there is no run {path}", fix="give a folder that mopefuse train or export wrote"
+            CheckpointCode.NOT_FOUND, f"run not found: {path}", fix="pass a folder written by mopefuse train or mopefuse export"
         )
     kind = kind_of(folder)
     if kind == "bundle":
-        fix = "give the run that it was exported from"
+        fix = "pass the run that it was exported from"
         raise CheckpointError(
             CheckpointCode.BUNDLE_NOT_TRAINABLE,
             "a bundle can only be evaluated and used for predictions",

@@ -143,7 +143,10 @@ def compare(
     runs = [run for _, group in groups.rows for run in group]
     if not runs:
         raise ConfigError(
-            ConfigCode.NOTHING_TO_COMPARE, "no run is finished", where=", ".join(map(str, folders)), fix="give finished runs"
+            ConfigCode.NOTHING_TO_COMPARE,
+            "no run is finished",
+            where=", ".join(map(str, folders)),
+            fix="pass folders of finished runs",
         )
     require_same_test(runs)
     if metric is None:
@@ -171,7 +174,7 @@ def _read_groups(folders: Sequence[Path], against: str | None, *, partly: bool) 
     studies = [folder for folder in folders if (folder / STUDY_FILE).is_file()]
     if studies and len(folders) > 1:
         what = "a study cannot be compared with other runs or studies"
-        raise ConfigError(ConfigCode.NOTHING_TO_COMPARE, what, where=str(studies[0]), fix="give one study, or runs")
+        raise ConfigError(ConfigCode.NOTHING_TO_COMPARE, what, where=str(studies[0]), fix="pass one study, or runs")
     if not studies:
         named, notices = select_finished(dict.fromkeys(folders))
         named, elsewhere = select_same_data(named, against)

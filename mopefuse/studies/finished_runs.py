@@ -73,7 +73,7 @@ def select_finished(folders: Iterable[Path]) -> tuple[list[tuple[str, Path]], li
 
 def _not_a_run(path: Path) -> CheckpointError:
     return CheckpointError(
-        CheckpointCode.NOT_FOUND, f"{path} is neither a run nor a study", where=str(path), fix="give folders of finished runs"
+        CheckpointCode.NOT_FOUND, f"{path} is neither a run nor a study", where=str(path), fix="pass folders of finished runs"
     )
 
 
@@ -214,7 +214,7 @@ def _read_predictions(run: FinishedRun) -> Iterator[_Prediction]:
                 yield _Prediction(row["id"], predicted, actual)
     except FileNotFoundError:
         raise CheckpointError(
-            CheckpointCode.NOT_FOUND, f"there is no {file.name}", where=str(run.path), fix=_EVALUATE_AGAIN
+            CheckpointCode.NOT_FOUND, f"file not found: {file.name}", where=str(run.path), fix=_EVALUATE_AGAIN
         ) from None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(

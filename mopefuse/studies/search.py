@@ -204,7 +204,10 @@ def _read_errors(out: Path) -> dict[str, Any]:
         return {run: error for run, error in failed.items() if error["exit"] != ResourceError.exit_code}
     except (KeyError, TypeError):
         raise CheckpointError(
-            CheckpointCode.CONTENT_DAMAGED, f"{STUDY_FILE} is damaged", where=str(out), fix="choose another folder with --out"
+            CheckpointCode.CONTENT_DAMAGED,
+            f"{STUDY_FILE} is damaged",
+            where=str(out),
+            fix="choose a different folder with --out",
         ) from None
 
 

@@ -118,8 +118,8 @@ def run_study(study: Study, out: Path, *, jobs: int = 1, listener: StudyListener
         if waiting and len({status.cell.config.data.path for status in waiting}) == 1:
             metric, multi_label = study.file.metric, load_data(waiting[0].cell.config.data).multi_label
             if metric in (("accuracy",) if multi_label else ("f1_micro", "f1_samples")):
-                what = f"{'multi-label' if multi_label else 'single-label'} data has no metric {metric!r}"
-                fix = "leave metric out to compare by the default one"
+                what = f"metric {metric!r} is not defined for {'multi-label' if multi_label else 'single-label'} data"
+                fix = "remove metric to compare by the default one"
                 raise ConfigError(ConfigCode.UNKNOWN_STUDY_METRIC, what, where=f"{study.name}, metric", fix=fix)
         with StopRequest() as stop:
             Schedule(study=study, out=out, statuses=statuses, jobs=jobs, listener=listener).run(stop)
@@ -139,7 +139,7 @@ def claim_folder(out: Path, listener: StudyListener) -> Iterator[None]:
         ConfigError: it is neither empty nor a study, cannot be written, or is locked by another process.
     """
     items = [item for item in out.iterdir() if not item.name.startswith((".", STUDY_FILE))] if out.is_dir() else []
-    fix = "choose another folder with --out"
+    fix = "choose a different folder with --out"
     if items and not (out / STUDY_FILE).is_file():
         raise ConfigError(ConfigCode.BAD_STUDY_FOLDER, f"{out} is neither empty nor a study", where="--out", fix=fix)
     if items and read_json(out / STUDY_FILE).get("kind") != KIND:

@@ -61,7 +61,7 @@ class StudyFile(Section):
     @classmethod
     def _seeds_differ(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(value)) < len(value):
-            raise ValueError("must be different numbers")
+            raise ValueError("must be distinct numbers")
         return value
 
 
@@ -158,7 +158,7 @@ def read_study(name: str, sets: Iterable[str] = ()) -> Study:
 
 def unknown_label(label: str, labels: Iterable[str], where: str) -> ConfigError:
     """The error for a label that no row has."""
-    return ConfigError(ConfigCode.NO_SUCH_STUDY_ROW, f"there is no row {label!r}", where=where, fix=did_you_mean(label, labels))
+    return ConfigError(ConfigCode.NO_SUCH_STUDY_ROW, f"unknown row {label!r}", where=where, fix=did_you_mean(label, labels))
 
 
 def distinguishing_settings(config: RunConfig) -> Settings:
@@ -245,7 +245,7 @@ def _check_search(file: StudyFile, search: Search, base: Settings, overrides: Se
         raise ConfigError(ConfigCode.INCOMPLETE_SEARCH, what, where=source, fix=f"remove {unused[0]}, or search")
     fixed = sorted(flatten(overrides).keys() & search.space.keys())
     if fixed:
-        what = f"{fixed[0]} is searched and also set"
+        what = f"{fixed[0]} is both in search.space and set by --set"
         raise ConfigError(
             ConfigCode.SETTING_BOTH_SEARCHED_AND_FIXED, what, where=f"--set {fixed[0]}", fix=f"remove --set {fixed[0]}"
         )

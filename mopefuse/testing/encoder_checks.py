@@ -85,7 +85,7 @@ class EncoderChecks:
             assert out.mask_BL.shape == out.tokens_BLD.shape[:2], self.message("mask and tokens do not match")
             assert out.mask_BL.any(dim=1).all(), self.message("a sample has no real token")
         assert out.pooled_BC.isfinite().all(), self.message("the pooled feature is not finite")
-        self.same(self.run(self.inputs), out, "the same input gives another output the second time")
+        self.same(self.run(self.inputs), out, "the same input gives a different output the second time")
 
     def without_padding(self) -> None:
         """Features of single rows, cut to their own length."""

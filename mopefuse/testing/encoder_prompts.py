@@ -128,8 +128,8 @@ class PromptChecks(EncoderChecks):
             inputs = self.inputs if "mask" in self.inputs else self.encoder.blank_inputs(len(self.values))
             with torch.no_grad():
                 continued = self.encoder.encode(inputs, later, start=prefix)
-            self.close(continued.pooled_BC, whole.pooled_BC, f"continuing from layer {layer} gives another feature")
-            self.close(continued.tokens_BLD, whole.tokens_BLD, f"continuing from layer {layer} gives other tokens")
+            self.close(continued.pooled_BC, whole.pooled_BC, f"continuing from layer {layer} gives a different feature")
+            self.close(continued.tokens_BLD, whole.tokens_BLD, f"continuing from layer {layer} gives different tokens")
 
     def modulation(self) -> None:
         """A modulation by 0 changes nothing; others act on every layer, get gradients, and stay within sample and call."""

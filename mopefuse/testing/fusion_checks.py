@@ -80,7 +80,7 @@ class FusionChecks:
         first = self.run_and_check(self.model, batch)
         self.model.train().eval()
         assert torch.equal(first, self.run_and_check(self.model, batch)), self.message(
-            "in evaluation mode, the same batch gives other logits the second time"
+            "in evaluation mode, the same batch gives different logits the second time"
         )
 
     def keeps_no_state(self) -> None:
@@ -134,7 +134,7 @@ class FusionChecks:
         inputs = {side: own for side, own in batch.inputs.items() if side not in features}
         tokens = {side: self._tokens(side, batch) for side in model.reads_tokens}
         found = self.run_and_check(model, Batch(inputs, features, None, batch.index, batch.missing, tokens=tokens))
-        self.close(found, self.run_and_check(model, batch), "features that were computed earlier give other logits")
+        self.close(found, self.run_and_check(model, batch), "features that were computed earlier give different logits")
 
     def _tokens(self, side: str, batch: Batch) -> dict[str, Tensor]:
         """The output tokens of a side as a batch has them, with one position of padding more."""
@@ -154,7 +154,7 @@ class FusionChecks:
             if "mask" not in inputs[side]:
                 inputs[side] = model.encoder(side).blank_inputs(self.count)
         found = self.run_and_check(model, replace(batch, inputs=inputs, prefixes=prefixes))
-        self.close(found, wanted, "what was computed earlier for prefix_layers gives other logits")
+        self.close(found, wanted, "what was computed earlier for prefix_layers gives different logits")
 
     def state_round_trip(self) -> None:
         """After a training step, the state can be loaded into a fresh model, which then gives the same logits."""
@@ -167,13 +167,13 @@ class FusionChecks:
         other.load_trainable_state_dict(model.trainable_state_dict(), where=self.config.method)
         batch = self.batch(other)
         wanted, found = self.run_and_check(model.eval(), batch), self.run_and_check(other, batch)
-        assert torch.equal(wanted, found), self.message("a fresh model with the saved state gives other logits")
+        assert torch.equal(wanted, found), self.message("a fresh model with the saved state gives different logits")
 
     def copies(self) -> None:
         """A deep copy gives the same logits, and the collator can be sent to data workers."""
         batch = self.batch(self.model)
         copied = self.run_and_check(copy.deepcopy(self.model), batch)
-        assert torch.equal(copied, self.run_and_check(self.model, batch)), self.message("a deep copy gives other logits")
+        assert torch.equal(copied, self.run_and_check(self.model, batch)), self.message("a deep copy gives different logits")
         size = len(ForkingPickler.dumps(self.model.collate))
         assert size <= _LARGEST, self.message(f"the pickled collator has {size:,} bytes: it seems to hold weights")
 

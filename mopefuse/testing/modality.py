@@ -26,11 +26,11 @@ def check_modality(modality: str, *, values: Sequence[str] = (), root: Path | No
     """
     found = registry.load(registry.MODALITIES, modality)
     assert isinstance(found, type) and issubclass(found, Modality), (
-        f"{modality}: is not a subclass of mopefuse.modalities.base.Modality · fix: name a subclass in the entry point"
+        f"{modality}: is not a subclass of mopefuse.modalities.base.Modality · fix: use a subclass in the entry point"
     )
     made: Any = get_modality(modality)
     if made.is_file:
-        assert values and root is not None, f"{modality}: values are files · fix: give check_modality values=[...] and root="
+        assert values and root is not None, f"{modality}: values are files · fix: pass values=[...] and root= to check_modality"
         checks: ModalityChecks = FileChecks(made, values, root, equal)
     else:
         checks = ModalityChecks(made, values, root or Path(), equal)

@@ -28,7 +28,7 @@ def _unread_modalities(data: DataSet, model: Fusion) -> Iterator[str]:
     unread = [name for name in data.modalities if name not in read]
     if unread and len(specs) > 1:
         flags = ", ".join(f"--{'comp' if is_comp(side) else side} {spec}" for side, spec in specs.items())
-        fix = "to use it, give an encoder that reads it with --main or --comp"
+        fix = "to use it, add an encoder for it with --main or --comp"
         yield f"no encoder reads {' or '.join(unread)}: {flags} read {' and '.join(read)}; {fix}"
 
 
@@ -56,4 +56,4 @@ def _settings_without_effect(config: RunConfig, model: Fusion) -> Iterator[str]:
 def _duplicate_encoders(model: Fusion) -> Iterator[str]:
     for spec, count in Counter(str(model.encoder(side).spec) for side in model.uses if is_comp(side)).items():
         if count > 1:
-            yield f"{spec} is given {count} times as a complementary encoder: all copies give the same features"
+            yield f"{spec} is used {count} times as a complementary encoder: all copies give the same features"

@@ -99,7 +99,7 @@ def load_optimizer_state(
                 CheckpointCode.STATE_MISMATCH,
                 f"the optimizer state has {name}, which the model does not have",
                 where=where,
-                fix="use another checkpoint",
+                fix="use a different checkpoint",
             )
         parameter = parameters[name]
         optimizer.state[parameter][key] = tensor.to(parameter.device).clone()  # even the step count of a fused one

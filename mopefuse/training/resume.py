@@ -39,7 +39,7 @@ def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
             ConfigCode.SETTING_FIXED_ON_RESUME,
             f"a resumed run cannot change {'; '.join(refused)}",
             where="--resume",
-            fix="resume without this change, or begin a new run with another --out",
+            fix="resume without this change, or start a new run with a different --out",
         )
     values = saved.model_dump(mode="json")
     for key in changed:

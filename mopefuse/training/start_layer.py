@@ -51,7 +51,7 @@ def prepare_prefixes(
     except MopefuseError as error:
         if setting == "on" or error.code not in _UNUSABLE:
             raise
-        listener.on_notice(f"all layers run in every step, as {error.what}; to change this, {error.fix}")
+        listener.on_notice(f"all layers run in every step, because {error.what}; to change this, {error.fix}")
         return _with_setting(config, "off"), {}
     return _with_setting(config, "on"), tables
 
@@ -111,7 +111,7 @@ def _compute(model: Fusion, data: DataSet, config: RunConfig, device: torch.devi
             found = split_prefixes(encoder, layer, data, split, config, device, advance=advance)
             tables[split][side] = found
             what = f"the first {layer} of {len(encoder.widths)} layers of {encoder.spec} ran once"
-            how_many = f"{found.different:,} different {get_modality(encoder.modality).plural}"
+            how_many = f"{found.different:,} distinct {get_modality(encoder.modality).plural}"
             where = f"{size(found.size)} in {config.data.prefix_precision}, {found.origin} (--cache-prefix)"
             listener.on_notice(f"{split}: {what} for {how_many}, {where}")
     return tables

@@ -92,12 +92,12 @@ def swap_encoder(
         ConfigError: nothing is swapped, or `out` is not empty. EncoderError: an encoder that cannot be used on its side.
     """
     if main is None and not comp and data is None:
-        fix = "name --main SPEC, --comp SPEC or --data DIR"
+        fix = "add --main SPEC, --comp SPEC or --data DIR"
         raise ConfigError(ConfigCode.NOTHING_TO_SWAP, "no new encoder or data was given", where="swap-encoder", fix=fix)
     _require_enough_epochs(warm_up, epochs)
     listener = listener or Listener()
     with distributed.process_group():
-        distributed.run_on_main(lambda: RunFolder(out).prepare(resume=False, overwrite=False, fix="choose another --out"))
+        distributed.run_on_main(lambda: RunFolder(out).prepare(resume=False, overwrite=False, fix="choose a different --out"))
         # 1. The trained model, and the new one before training.
         source = find_run(run)
         old = load_model(source, "best", CPU)
@@ -109,7 +109,7 @@ def swap_encoder(
         for side in new_specs:
             before, now = modality_of[side], model.encoder(side).modality
             if before != now:
-                listener.on_notice(f"the {side} encoder read {before}, and the new one reads {now}")
+                listener.on_notice(f"the new {side} encoder takes {now} input, but the old one takes {before}")
         # 2. The weights that the new model inherits.
         state, transferred = transfer_weights(old.model, model, old.manifest["labels"], labels)
         start = Start(state, tuple(entry.name for entry in transferred if entry.fate == "new"), warm_up)

@@ -181,7 +181,9 @@ def _same_run(folder: RunFolder, prepared: Prepared, facts: dict[str, Any]) -> d
     found = {"data": data.fingerprint(), "labels": list(data.labels), "multi_label": data.multi_label}
     if any(facts[key] != value for key, value in found.items()):
         what = "the data have changed since the run began"
-        raise DataError(DataCode.DATA_CHANGED, what, where=str(data.root), fix="restore the data, or begin a new run")
+        raise DataError(
+            DataCode.DATA_CHANGED, what, where=str(data.root), fix="restore the data, or start a new run with a different --out"
+        )
     check_encoders(prepared.model, facts, where=str(folder.path))
     return facts
 

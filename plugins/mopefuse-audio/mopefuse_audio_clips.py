@@ -84,7 +84,7 @@ class Clip:
         """The error for a file that is not a clip."""
         reason = "it is empty" if not self.content else why.rpartition(": ")[2].rstrip(".") or "unknown reason"
         what = f"{self.name} is not readable audio ({reason})"
-        return DataError(200, what, where=self.where, fix="replace or remove it; WAV, FLAC, OGG and MP3 are read")
+        return DataError(200, what, where=self.where, fix="replace or remove the file; WAV, FLAC, OGG and MP3 are read")
 
 
 class Audio(Files):
@@ -92,7 +92,7 @@ class Audio(Files):
 
     plural: ClassVar[str] = "clips"
     value_description: ClassVar[str] = "a path, or samples and their rate"
-    type_fix: ClassVar[str] = "give clips as paths, or as (samples, rate)"
+    type_fix: ClassVar[str] = "pass clips as paths, or as (samples, rate)"
     common_columns: ClassVar[tuple[str, ...]] = ("clip", "wav", "sound", "audio_path", "file_name", "file", "path")
 
     def decode(self, content: bytes, name: str, *, where: str, config: Data) -> Clip:
@@ -152,4 +152,6 @@ def clip_of(path: str | Path, *, where: str = "") -> Clip:
     try:
         return Clip(Path(path).read_bytes(), str(path), where)
     except OSError as error:
-        raise DataError(202, f"{path} cannot be read: {error.strerror}", where=where, fix="give a file of audio") from None
+        raise DataError(
+            202, f"{path} cannot be read: {error.strerror}", where=where, fix="use the path of an audio file"
+        ) from None

@@ -98,7 +98,7 @@ class Food101(Source):
                 elif not name.startswith(f"{label}_"):
                     yield Skip("image name does not start with its class", path)
                 elif name in tested:
-                    yield Skip("image twice", path)
+                    yield Skip("duplicate image", path)
                 else:
                     yield label, name, path
 
@@ -117,7 +117,7 @@ class Food101(Source):
                 odd_rows.add(row.image)
                 yield Skip(row.reason, file, number)
             elif (row.label, row.image) in titles:
-                yield Skip("image twice", file, number)
+                yield Skip("duplicate image", file, number)
             else:
                 titles[row.label, row.image] = number, row.title
         for image in self._images(split):
@@ -130,10 +130,10 @@ class Food101(Source):
             if title is not None:
                 yield self._sample(title, label, name, path)
             elif name not in odd_rows:
-                yield Skip("image without text", path)
+                yield Skip("image has no text", path)
         for (_, name), (number, _) in titles.items():
             if name not in odd_images:
-                yield Skip("text without image", file, number)
+                yield Skip("text has no image", file, number)
 
     def _with_pages(self, split: str) -> Iterator[Sample | Skip]:
         for image in self._images(split):
@@ -144,7 +144,7 @@ class Food101(Source):
             if page is not None:
                 self._pages_used.add(page)
             if isinstance(image, Skip) or page is None:
-                yield image if isinstance(image, Skip) else Skip("image without text", path)
+                yield image if isinstance(image, Skip) else Skip("image has no text", path)
                 continue
             try:
                 text = self.folder.read(page).decode("utf-8-sig")
@@ -161,4 +161,4 @@ class Food101(Source):
             if depth > 1 and self.folder.path(path) is None:
                 yield from self._unused_pages(path, depth - 1)
             elif path not in self._pages_used:
-                yield Skip("text without image", path)
+                yield Skip("text has no image", path)

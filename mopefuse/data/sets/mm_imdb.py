@@ -73,7 +73,7 @@ class MMIMDb(Source):
         return films
 
     def _bad_splits(self, problem: str) -> DataError:
-        fix = 'provide {"train": [ids], "dev": [ids], "test": [ids]}, ids as strings'
+        fix = 'write {"train": [ids], "dev": [ids], "test": [ids]}, ids as strings'
         return DataError(DataCode.BAD_SPLIT_JSON, f"split.json {problem}", where=str(self.folder.root / "split.json"), fix=fix)
 
     def rows(self, split: str) -> Iterator[Sample | Skip]:
@@ -83,13 +83,13 @@ class MMIMDb(Source):
     def _film(self, identity: str) -> Sample | Skip:
         file = f"dataset/{identity}.json"
         if self.folder.path(file) is None:
-            return Skip("no json", file)
+            return Skip("missing JSON file", file)
         try:
             film = json.loads(self.folder.read(file).decode("utf-8-sig"))
         except (ValueError, RecursionError):
             film = None
         if not isinstance(film, dict):
-            return Skip("json cannot be read", file)
+            return Skip("JSON file cannot be read", file)
         genres = film.get("genres")
         if not isinstance(genres, list) or not genres or not all(isinstance(genre, str) for genre in genres):
             return Skip("no genres", file)

@@ -101,7 +101,7 @@ def make(
     data = load_data(config, require=SPLITS)
     if data.multi_label:
         what = "photo grids need photos with one label each, and these have several"
-        raise DataError(DataCode.BAD_PREPARE_OPTION, what, where=photos, fix="use another data set as --photos")
+        raise DataError(DataCode.BAD_PREPARE_OPTION, what, where=photos, fix="use a different data set as --photos")
     counts = {"train": train, "val": val, "test": test}
     about = {"dataset": "photo-grids", "version": 1, "seed": seed, "grid": grid, "size": size, "rows": counts}
     about["photos"] = data.fingerprint()
