@@ -67,7 +67,7 @@ def page() -> str:
                 encoder_cases.sharpen(encoder.backbone)  # type: ignore[arg-type]
             parts = list(contract(encoder))
             broken = [fault for _, fault in parts if fault]
-            layers = str(len(encoder.widths)) if encoder.widths else f"none ({encoder.why_not_main.partition(';')[0]})"
+            layers = str(len(encoder.widths)) if encoder.widths else f"none ({encoder.unpromptable_reason.partition(';')[0]})"
             held = f"{len(parts) - len(broken)} of {len(parts)} pass"
             rows.append(f"| {name} | {encoder.modality} | {layers} | {held} |\n")
     return HEAD + "".join(rows)

@@ -16,7 +16,7 @@ from conftest import make_pairs, matrix, plain_config, write_rows
 
 from mopefuse.config.schema import RunConfig
 from mopefuse.data.load import load_data
-from mopefuse.data.perturbed import derangement
+from mopefuse.data.perturbed import draw_derangement
 from mopefuse.evaluation.audit import audit, audit_model
 from mopefuse.evaluation.split import run_split
 from mopefuse.fusion.base import Fusion
@@ -51,12 +51,12 @@ def predict_logits(config: RunConfig, data: Path) -> torch.Tensor:
 def test_a_derangement_moves_every_sample_and_depends_only_on_the_seed() -> None:
     for count in (2, 3, 10, 101):
         for seed in range(5):
-            found = derangement(count, seed)
+            found = draw_derangement(count, seed)
             assert sorted(found.tolist()) == list(range(count))
             assert (found != torch.arange(count)).all()
-            assert derangement(count, seed).equal(found)
-    assert len({tuple(derangement(4, seed).tolist()) for seed in range(60)}) == 6, "all cycles of four"
-    assert derangement(1, 0).tolist() == [0]
+            assert draw_derangement(count, seed).equal(found)
+    assert len({tuple(draw_derangement(4, seed).tolist()) for seed in range(60)}) == 6, "all cycles of four"
+    assert draw_derangement(1, 0).tolist() == [0]
 
 
 @pytest.mark.parametrize("other", [{}, {"comp_tuning": {"mode": "prompts"}}, {"method": "late-concat"}], ids=str)
@@ -69,7 +69,7 @@ def test_shuffled_and_blank_texts_give_the_predictions_of_rows_with_those_texts(
     config = config.model_copy(update={"data": config.data.model_copy(update=options)})
     found = audit_model(model_of(config), load_data(config.data), "test", config, CPU, seed=3)
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
-    partner = derangement(len(rows), 3).tolist()
+    partner = draw_derangement(len(rows), 3).tolist()
     texts = {"shuffled": [rows[other]["text"] for other in partner], "blank": [""] * len(rows)}
     for name, instead in texts.items():
         changed = tmp_path / name

@@ -68,12 +68,12 @@ def test_text_and_image_satisfy_the_contract(tmp_path: Path) -> None:
 class Sum(Fusion):
     """A method that satisfies the contract; those below break one claim each."""
 
-    takes_several_comps = True
+    supports_multiple_comps = True
 
     def __init__(self, config: Any, encoders: Any, num_labels: int) -> None:
         super().__init__(config, encoders)
         self.frozen = self.uses
-        self.learn_absence(self.optional_sides)
+        self.add_missing_embeddings(self.optional_sides)
         self.head = self.make_head(sum(self.encoder(side).feature_width for side in self.uses), num_labels)
 
     def features(self, batch: Batch) -> list[Tensor]:
@@ -158,7 +158,7 @@ class Lenient:
 
 
 class TakesAnything(Sum):
-    takes_several_comps = False
+    supports_multiple_comps = False
 
     @property
     def requirements(self) -> Any:
@@ -195,7 +195,7 @@ BROKEN_METHODS: list[tuple[type[Fusion], str, str]] = [
     (IgnoresItsPrefix, "computed earlier for prefix_layers gives different logits", "pass start=self.prefix(side, batch)"),
     (LearnsOutsideItsState, "a fresh model with the saved state gives different logits", "parameters"),
     (HoldsALock, "cannot pickle", "no open files, locks or lambdas"),
-    (TakesAnything, "accepts a sample without", "set takes_several_comps = True"),
+    (TakesAnything, "accepts a sample without", "set supports_multiple_comps = True"),
     (ForgetsTheAbsent, "learns what stands in for a missing comp value", "pass batch=batch to self.classify()"),
     (NeedsAll, "a sample without text changes the logits of others", "self.replace_missing"),
 ]

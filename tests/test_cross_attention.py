@@ -18,7 +18,7 @@ from torch import Tensor
 from mopefuse.config.schema import build_config
 from mopefuse.core.registry import Spec
 from mopefuse.data.base import Batch
-from mopefuse.encoders._types import Encoded, Inputs
+from mopefuse.encoders._types import EncoderOutput, Inputs
 from mopefuse.encoders.base import Encoder
 from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.fusion.base import Fusion
@@ -43,9 +43,9 @@ class Given(Encoder):
     def _finish_inputs(self, inputs: Inputs) -> Inputs:
         return inputs
 
-    def _encode(self, inputs: Inputs) -> Encoded:
+    def _encode(self, inputs: Inputs) -> EncoderOutput:
         tokens_BLD = inputs["tokens"]
-        return Encoded(tokens_BLD.mean(dim=1), tokens_BLD, inputs.get("mask"))
+        return EncoderOutput(tokens_BLD.mean(dim=1), tokens_BLD, inputs.get("mask"))
 
 
 def given_model(method: type[Fusion], width: int, comp_width: int, labels: int, **changed: Any) -> Fusion:
@@ -246,8 +246,8 @@ def test_a_multi_label_run_trains_and_predicts(multi_pairs: Path, tmp_path: Path
 
 def test_swapping_the_complementary_encoder_resets_only_the_tensors_that_read_it() -> None:
     this = {"method": "cross-attention"}
-    old, state, fates = pair(this, {**this, "comp": "tiny:text?pool=cls"})
-    fresh = {name for name, fate in fates.items() if fate == "new"}
+    old, state, origins = pair(this, {**this, "comp": "tiny:text?pool=cls"})
+    fresh = {name for name, origin in origins.items() if origin == "new"}
     assert fresh == {"reader.query.comp.weight", "standard.comp.mean_C", "standard.comp.deviation_C"}
     main, comp = (old[f"standard.{side}.mean_C"].numel() for side in ("main", "comp"))
     columns = [column for column in range(state["head.0.weight"].shape[1]) if not main <= column < main + comp]
@@ -257,8 +257,8 @@ def test_swapping_the_complementary_encoder_resets_only_the_tensors_that_read_it
 
 def test_with_new_labels_and_the_same_encoders_only_the_output_layer_is_new() -> None:
     this = {"method": "cross-attention"}
-    old, state, fates = pair(this, this, (["a", "b"], ["b", "c"]))
-    assert {name for name, fate in fates.items() if fate != "kept"} == {"head.2.weight", "head.2.bias"}
+    old, state, origins = pair(this, this, (["a", "b"], ["b", "c"]))
+    assert {name for name, origin in origins.items() if origin != "kept"} == {"head.2.weight", "head.2.bias"}
     assert torch.equal(state["head.0.weight"], old["head.0.weight"])
 
 

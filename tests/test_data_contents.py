@@ -231,7 +231,7 @@ def test_an_image_encoder_counts_no_tokens() -> None:
 def test_with_very_many_texts_an_even_sample_is_measured_and_all_are_read(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(summary, "MOST_TEXTS", 5)
+    monkeypatch.setattr(summary, "MAX_TEXTS", 5)
     root = folder(tmp_path)
     write(root / "train.jsonl", *(line(f"t{n}", label="ab"[n % 2], text="w" * n) for n in range(17)))
     found = report(root)

@@ -16,7 +16,7 @@ from families import FAMILIES, QUICK
 from oracles import insert_prompts
 from PIL import Image
 
-from mopefuse.encoders.base import Encoder, Inputs, Insert, Prompt, create_encoder
+from mopefuse.encoders.base import Encoder, Inputs, InsertedTokens, Prompt, create_encoder
 from mopefuse.errors import EncoderError
 from mopefuse.testing import check_encoder
 
@@ -87,7 +87,7 @@ def test_inserted_tokens_equal_the_librarys_own_blocks_over_all_tokens(
     tokens = prompts_for(encoder, length=4)[0]
     plain = cases[family].plain(encoder)
     with torch.no_grad():
-        ours = encoder.encode(inputs, None, Insert(tokens, blind))
+        ours = encoder.encode(inputs, None, InsertedTokens(tokens, blind))
         if family == "hf-bert":
             x, real = plain.embeddings(inputs["ids"]), torch.cat([torch.ones(3, 4).bool(), inputs["mask"]], dim=1)  # type: ignore[operator]
         else:
@@ -105,12 +105,12 @@ def test_inserted_tokens_equal_the_librarys_own_blocks_over_all_tokens(
 
 @pytest.mark.matrix
 def test_the_families_that_support_inserted_tokens_are_as_documented(encoders: Mapping[str, Encoder]) -> None:
-    takes = {name for name, encoder in encoders.items() if encoder.insertable}
+    takes = {name for name, encoder in encoders.items() if encoder.supports_inserted_tokens}
     texts = {f"hf-{kind}" for kind in ("bert", "roberta", "xlm-roberta", "distilbert", "electra")}
     images = {f"timm-{name}" for name in ("vit", "vit-qk-norm", "vit-post-norm", "deit-distilled", "dinov2")}
     assert takes == texts | images | {"open_clip-siglip-visual"}
     with pytest.raises(EncoderError, match="does not support inserted tokens") as refused:
-        encoders["timm-swin-padded"].encode(batch_of(encoders["timm-swin-padded"]), None, Insert(torch.zeros(3, 1, 16)))
+        encoders["timm-swin-padded"].encode(batch_of(encoders["timm-swin-padded"]), None, InsertedTokens(torch.zeros(3, 1, 16)))
     assert refused.value.number == 70
 
 
@@ -260,7 +260,7 @@ def test_prompts_of_the_wrong_batch_size_are_refused(encoders: Mapping[str, Enco
 )
 def test_an_encoder_that_cannot_be_prompted_gives_its_pooled_feature(spec: str) -> None:
     encoder = check_encoder(spec)
-    assert encoder.widths == () and "usable as --comp" in encoder.why_not_main
+    assert encoder.widths == () and "usable as --comp" in encoder.unpromptable_reason
 
 
 def test_an_unknown_family_of_transformers_is_complementary_only(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_an_unknown_family_of_transformers_is_complementary_only(tmp_path: Path)
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "resnet")
     for kind in ("mpnet", "resnet"):
         encoder = check_encoder(f"hf:{tmp_path / kind}")
-        assert encoder.feature_width == 16 and "usable as --comp" in encoder.why_not_main
+        assert encoder.feature_width == 16 and "usable as --comp" in encoder.unpromptable_reason
 
 
 def test_swin_requests_a_prompt_in_every_block_of_every_stage() -> None:

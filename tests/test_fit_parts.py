@@ -225,7 +225,7 @@ def test_training_ends_when_the_budget_is_spent() -> None:
     for seconds, stops in ((1000.0, False), (1.0, True)):  # of one second, two are reserved
         found = candidate_listener(seconds)
         found.on_step(Progress(step=1), 100, 0.0, 0.0)
-        assert found.wants_to_stop(Progress(step=1), 100) is stops
+        assert found.should_stop(Progress(step=1), 100) is stops
         assert ("budget" in found.reason) is stops
 
 
@@ -234,7 +234,7 @@ def test_training_ends_at_half_of_the_steps_if_it_is_hopelessly_behind(step: int
     found = candidate_listener(1000.0)
     found.on_step(Progress(step=1), 100, 0.0, 0.0)
     found.on_validation(Progress(step=step), {}, best=True)
-    assert found.wants_to_stop(Progress(step=step, best=best), 100) is stops
+    assert found.should_stop(Progress(step=step, best=best), 100) is stops
 
 
 def test_a_preparation_that_would_not_end_in_time_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +248,7 @@ def test_a_preparation_that_would_not_end_in_time_is_given_up(monkeypatch: pytes
 
 
 class StopsAtStep2(Listener):
-    def wants_to_stop(self, progress: Progress, total: int) -> bool:
+    def should_stop(self, progress: Progress, total: int) -> bool:
         return progress.step == 2
 
 

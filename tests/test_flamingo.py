@@ -247,14 +247,14 @@ def test_several_labels_a_row(multi_pairs: Path, tmp_path: Path) -> None:
 
 def test_a_new_complementary_encoder_needs_a_new_way_into_the_resampler_only() -> None:
     this = {"method": "flamingo"}
-    _, _, fates = pair(this, {**this, "comp": "tiny:text?pool=cls"})
+    _, _, origins = pair(this, {**this, "comp": "tiny:text?pool=cls"})
     ways = {f"resamplers.comp.{part}.{kind}" for part in ("norm_in", "project") for kind in ("weight", "bias")}
-    assert {name for name, fate in fates.items() if fate == "new"} == ways
+    assert {name for name, origin in origins.items() if origin == "new"} == ways
 
 
 def test_a_main_encoder_of_other_widths_keeps_the_resampler() -> None:
-    _, _, fates = pair({"method": "flamingo", "main": SMALL}, {"method": "flamingo", "main": WIDER})
-    assert {name.partition(".")[0] for name, fate in fates.items() if fate == "kept"} == {"resamplers"}
+    _, _, origins = pair({"method": "flamingo", "main": SMALL}, {"method": "flamingo", "main": WIDER})
+    assert {name.partition(".")[0] for name, origin in origins.items() if origin == "kept"} == {"resamplers"}
 
 
 def test_its_defaults_are_its_own_and_settings_of_other_methods_are_reported_as_unused() -> None:

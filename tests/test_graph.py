@@ -14,7 +14,7 @@ from conftest import matrix
 from encoder_cases import OPEN_CLIP, sharpen
 
 import mopefuse
-from mopefuse.encoders.base import Encoded, Inputs
+from mopefuse.encoders.base import EncoderOutput, Inputs
 from mopefuse.export import graph
 from mopefuse.export.bundle_maker import TOLERANCE, describe, probe_pairs
 from mopefuse.fusion.base import Fusion
@@ -100,7 +100,7 @@ def test_an_encoder_that_cannot_be_traced_is_an_error_that_names_it(monkeypatch:
     comp = model.encoder("comp")
     plain = comp._encode
 
-    def looks_at_values(inputs: Inputs) -> Encoded:
+    def looks_at_values(inputs: Inputs) -> EncoderOutput:
         return plain({**inputs, "ids": inputs["ids"] + int(inputs["ids"].sum() < 0)})
 
     monkeypatch.setattr(comp, "_encode", looks_at_values)

@@ -10,7 +10,7 @@ from conftest import call
 from test_fusion import TEXTS, build, images
 from test_tuned import predict_logits, sides
 
-from mopefuse.encoders.base import Insert, Prompt, create_encoder
+from mopefuse.encoders.base import InsertedTokens, Prompt, create_encoder
 from mopefuse.errors import EncoderError
 from mopefuse.evaluation.evaluate import evaluate
 
@@ -54,9 +54,8 @@ def test_blind_tokens_equal_deep_prompts_that_are_independent_of_the_input() -> 
     inputs, tokens = {"pixels": torch.randn(3, 3, 16, 16, generator=random)}, torch.randn(1, 5, 96, generator=random) * 0.3
     states: list[torch.Tensor] = []
     with torch.no_grad():
-        blind = encoder.encode(
-            inputs, lambda layer, x, mask: states.append(x[:, :5]), Insert(tokens.expand(3, -1, -1), blind=5)  # type: ignore[func-returns-value]
-        )
+        ahead = InsertedTokens(tokens.expand(3, -1, -1), blind=5)
+        blind = encoder.encode(inputs, lambda layer, x, mask: states.append(x[:, :5]), ahead)  # type: ignore[func-returns-value]
         as_prompts = encoder.encode(inputs, lambda layer, x, mask: Prompt(states[layer]))
     torch.testing.assert_close(blind.pooled_BC, as_prompts.pooled_BC, atol=1e-5, rtol=1e-4)
 

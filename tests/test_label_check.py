@@ -18,14 +18,14 @@ from PIL import Image
 
 from mopefuse.config.schema import Data
 from mopefuse.data.label_cells import is_blank, normalise, parse_list, split_cell
-from mopefuse.data.label_check import Doubt, find_doubts
+from mopefuse.data.label_check import SuspiciousLabels, find_suspicious_labels
 from mopefuse.data.load import load_data
 
 GENRES = ("Drama", "Comedy", "Horror", "War", "Music", "Crime")
 
 
-def found(labels: list[str]) -> dict[str, Doubt]:
-    return {doubt.kind: doubt for doubt in find_doubts(Counter(labels), len(labels))}
+def found(labels: list[str]) -> dict[str, SuspiciousLabels]:
+    return {issue.kind: issue for issue in find_suspicious_labels(Counter(labels), len(labels))}
 
 
 def combinations(form: str, rows: int = 300) -> list[str]:
@@ -41,14 +41,14 @@ def prices(rows: int = 300) -> list[str]:
     return [f"{drawn.uniform(1, 999):.2f}" for _ in range(rows)]
 
 
-# -- each kind of doubt
+# -- each kind of issue
 
 
 @pytest.mark.parametrize("form", ["json", "python", "numpy"])
 def test_a_list_in_a_cell_is_an_error_with_the_flag_that_reads_it(form: str) -> None:
-    doubt = found(combinations(form))["list-label"]
-    assert "--label-sep list" in doubt.fix and "--allow-odd-labels" in doubt.fix
-    assert doubt.rows == 300
+    issue = found(combinations(form))["list-label"]
+    assert "--label-sep list" in issue.fix and "--allow-odd-labels" in issue.fix
+    assert issue.rows == 300
     assert "many-labels" not in found(combinations(form)), "one cause is reported once"
 
 
@@ -102,7 +102,7 @@ def test_numeric_class_codes_are_accepted(labels: list[str]) -> None:
 
 def test_spellings_of_one_label_are_reported_together() -> None:
     labels = ["Watches"] * 20 + ["watches"] * 3 + ["Watches "] * 2 + ["Caf\u00e9"] * 5 + ["Cafe\u0301"] * 4 + ["Bags"] * 9
-    each = [doubt for doubt in find_doubts(Counter(labels), len(labels)) if doubt.kind == "label-variants"]
+    each = [issue for issue in find_suspicious_labels(Counter(labels), len(labels)) if issue.kind == "label-variants"]
     assert len(each) == 2
     assert each[0].message.startswith("'Watches' (20), 'watches' (3), 'Watches ' (2) differ only in case, spaces or Unicode")
     assert each[0].rows == 5
@@ -111,9 +111,9 @@ def test_spellings_of_one_label_are_reported_together() -> None:
 
 def test_a_rare_label_similar_to_a_frequent_one_is_reported() -> None:
     for wrong in ("Wacthes", "Watche", "Watchess", "Wotches", " watchs"):
-        doubt = found(["Watches"] * 30 + ["Handbags"] * 30 + [wrong])["misspelt-label"]
-        assert (doubt.label, doubt.rows) == (wrong, 1)
-        assert "'Watches' (30 rows)" in doubt.message
+        issue = found(["Watches"] * 30 + ["Handbags"] * 30 + [wrong])["misspelt-label"]
+        assert (issue.label, issue.rows) == (wrong, 1)
+        assert "'Watches' (30 rows)" in issue.message
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_any_labels_can_be_checked(labels: list[str]) -> None:
 
 def test_tags_that_are_unique_to_almost_every_row_are_refused() -> None:
     counts = Counter(f"tag {number}" for number in range(100)) | Counter({"often": 60})
-    (many,) = (doubt for doubt in find_doubts(counts, 60) if doubt.kind == "many-labels")
+    (many,) = (issue for issue in find_suspicious_labels(counts, 60) if issue.kind == "many-labels")
     assert many.message.startswith("101 distinct labels in 60 training rows, used 160 times in all")
 
 
@@ -344,7 +344,7 @@ def test_ten_thousand_labels_take_seconds() -> None:
     names = ["".join(drawn.choices("abcdefghijklmnopqrstuvwxyz", k=12)) for _ in range(10_000)]
     counts = {name: drawn.randint(20, 200) for name in names} | {f"{names[0][:5]}!{names[0][6:]}": 1}
     began = time.process_time()
-    assert [doubt.kind for doubt in find_doubts(counts, sum(counts.values()))] == ["misspelt-label"]
+    assert [issue.kind for issue in find_suspicious_labels(counts, sum(counts.values()))] == ["misspelt-label"]
     assert time.process_time() - began < 10
 
 

@@ -277,11 +277,11 @@ def test_a_swapped_encoder_gets_a_new_lora_and_the_other_keeps_it(new: dict[str,
     old = model(0)
     learn(old)
     state, transferred = transfer_weights(old, model(1, **new), ["a", "b"], ["a", "b"])
-    fates = {entry.name: entry.fate for entry in transferred if ".lora_" in entry.name}
-    assert {fate for name, fate in fates.items() if name.startswith(carried)} == {"kept"}
+    origins = {entry.name: entry.origin for entry in transferred if ".lora_" in entry.name}
+    assert {origin for name, origin in origins.items() if name.startswith(carried)} == {"kept"}
     if anew:
-        assert {fate for name, fate in fates.items() if name.startswith(anew)} == {"new"}
-        assert all(not state[name].any() for name in fates if name.startswith(anew) and ".lora_B." in name)
+        assert {origin for name, origin in origins.items() if name.startswith(anew)} == {"new"}
+        assert all(not state[name].any() for name in origins if name.startswith(anew) and ".lora_B." in name)
 
 
 # -- in a run

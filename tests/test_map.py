@@ -184,6 +184,6 @@ def test_it_is_evaluated_without_values_and_reported(pairs: Path, tmp_path: Path
 
 def test_a_new_complementary_encoder_keeps_the_prompts_of_the_main_one() -> None:
     this = {"method": "map", "data": {"on_missing": "absent"}}
-    _, _, fates = pair({**this, "comp": SMALL, "main": "tiny:text"}, {**this, "comp": "tiny:vision", "main": "tiny:text"})
-    assert {fate for name, fate in fates.items() if name.startswith("stacks.main")} == {"kept"}
-    assert {fate for name, fate in fates.items() if name.startswith(("stacks.comp", "absent"))} == {"new"}
+    _, _, origins = pair({**this, "comp": SMALL, "main": "tiny:text"}, {**this, "comp": "tiny:vision", "main": "tiny:text"})
+    assert {origin for name, origin in origins.items() if name.startswith("stacks.main")} == {"kept"}
+    assert {origin for name, origin in origins.items() if name.startswith(("stacks.comp", "absent"))} == {"new"}

@@ -147,9 +147,9 @@ def test_it_is_an_ordinary_run_and_exports(multi_pairs: Path, tmp_path: Path, ki
 
 
 def test_a_new_image_encoder_keeps_the_text_prompts() -> None:
-    _, _, fates = pair({"method": "maple"}, {"method": "maple", "main": SMALL})
-    assert {fate for name, fate in fates.items() if name.startswith("stack")} == {"kept"}
-    assert {fate for name, fate in fates.items() if name.startswith(("mappings", "gates_H"))} == {"new"}
+    _, _, origins = pair({"method": "maple"}, {"method": "maple", "main": SMALL})
+    assert {origin for name, origin in origins.items() if name.startswith("stack")} == {"kept"}
+    assert {origin for name, origin in origins.items() if name.startswith(("mappings", "gates_H"))} == {"new"}
     assert all(maple().dependency_of(name) for name in maple().named_trainable_parameters() if "head" not in name)
 
 

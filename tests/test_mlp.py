@@ -262,8 +262,8 @@ def test_a_swap_keeps_the_columns_of_the_other_encoder_and_recomputes_statistics
 
 
 def test_other_labels_keep_the_hidden_layer() -> None:
-    old, state, fates = pair({"method": "mlp"}, {"method": "mlp"}, (["a", "b"], ["b", "c", "d"]))
-    assert {fates["head.0.weight"], fates["head.0.bias"]} == {"kept"} and fates["head.2.weight"] == "projected"
+    old, state, origins = pair({"method": "mlp"}, {"method": "mlp"}, (["a", "b"], ["b", "c", "d"]))
+    assert {origins["head.0.weight"], origins["head.0.bias"]} == {"kept"} and origins["head.2.weight"] == "partial"
     assert torch.equal(state["head.2.weight"][0], old["head.2.weight"][1])
 
 

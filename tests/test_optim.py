@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import plain_config
 
-from mopefuse.training.optimizer import factor, load_optimizer_state
+from mopefuse.training.optimizer import compute_lr_factor, load_optimizer_state
 
 
 def test_the_optimiser_state_is_moved_to_the_device_of_its_parameters() -> None:
@@ -23,7 +23,7 @@ def test_the_optimiser_state_is_moved_to_the_device_of_its_parameters() -> None:
 def test_learning_rate_schedules_match_their_definitions() -> None:
     def at(schedule: str, step: int, **more: float) -> float:
         values = {"main": "x:y", "comp": "x:y", "train": {"schedule": schedule, **more}}
-        return factor(plain_config(values).train, step, 100)
+        return compute_lr_factor(plain_config(values).train, step, 100)
 
     assert [at("paper", step) for step in (0, 29, 30, 59, 60, 99)] == pytest.approx([1, 1, 0.4, 0.4, 0.16, 0.16])
     assert [at("constant", step) for step in (0, 99)] == [1, 1]

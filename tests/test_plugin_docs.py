@@ -68,8 +68,8 @@ def test_the_method_and_the_promptable_encoder_train_and_can_be_swapped(
     done = call("swap-encoder", run, "--main", "tiny:vision", "-o", tmp_path / "swapped", "--json")
     assert done.returncode == 0, done.stderr
     swap = json.loads((tmp_path / "swapped" / "swap.json").read_text())
-    fates = {tensor["name"]: tensor["fate"] for tensor in swap["tensors"]}
-    assert (fates["into.main.weight"], fates["into.comp.weight"]) == ("new", "kept")
+    origins = {tensor["name"]: tensor["origin"] for tensor in swap["tensors"]}
+    assert (origins["into.main.weight"], origins["into.comp.weight"]) == ("new", "kept")
     assert "method: shown:product\n" in (tmp_path / "swapped" / "config.yaml").read_text()
 
 

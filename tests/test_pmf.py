@@ -233,7 +233,7 @@ def test_settings_of_other_methods_are_reported_as_unused() -> None:
 def test_swapping_an_encoder_keeps_the_tensors_of_the_other() -> None:
     old, new = pmf(), pmf(main="tiny:vision-b")
     _, transferred = transfer_weights(old, new, list("abcdefg"), list("abcdefg"))
-    fresh = {entry.name for entry in transferred if entry.fate == "new"}
+    fresh = {entry.name for entry in transferred if entry.origin == "new"}
     assert fresh == {f"stacks.main.{at}.mapping.0.{kind}" for at in (0, 1) for kind in ("weight", "bias")}
     assert all(old.dependency_of(name) for name in old.named_trainable_parameters() if not name.startswith("head."))
 

@@ -20,7 +20,7 @@ from PIL import Image
 import mopefuse
 from mopefuse.core.artifact import publish, verify
 from mopefuse.export import push
-from mopefuse.runs.locate import kind_of, locate
+from mopefuse.runs.locate import get_kind, locate
 
 REPO, MODEL = "org/model", "hf-hub:org/model"
 ADAPTER = {"README.md", "config.yaml", "model.json", "weights.safetensors", "manifest.json"}
@@ -198,7 +198,7 @@ def test_an_export_is_pushed_unchanged(kind: str, adapter: Path, hub: FakeHub, m
     assert done.returncode == 0, done.stderr
     assert hub.repos[REPO].files == before
     fetched = locate(MODEL)
-    assert kind_of(fetched) == kind and verify(fetched, kind=kind) and files_of(fetched) == before
+    assert get_kind(fetched) == kind and verify(fetched, kind=kind) and files_of(fetched) == before
 
 
 def test_a_damaged_folder_is_not_pushed(adapter: Path, hub: FakeHub, move: Move, tmp_path: Path) -> None:

@@ -230,9 +230,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(pairs: Path, tmp_path: Path)
 
 def test_a_new_complementary_encoder_needs_a_new_head_of_its_own_only() -> None:
     this = {"method": "qmf"}
-    _, _, fates = pair(this, {**this, "comp": "tiny:text?pool=cls"})
-    fresh = {name for name, fate in fates.items() if fate == "new"}
-    assert fresh == {name for name in fates if name.startswith(("head_comp.", "standard.comp."))}
+    _, _, origins = pair(this, {**this, "comp": "tiny:text?pool=cls"})
+    fresh = {name for name, origin in origins.items() if origin == "new"}
+    assert fresh == {name for name in origins if name.startswith(("head_comp.", "standard.comp."))}
 
 
 def test_settings_of_other_methods_are_reported_as_unused() -> None:

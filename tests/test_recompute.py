@@ -19,7 +19,7 @@ from test_train import assert_same_run, config, data  # noqa: F401 (a fixture)
 from torch import Tensor
 
 from mopefuse.config.schema import Lora
-from mopefuse.encoders.base import Encoder, Insert, Prompt, create_encoder
+from mopefuse.encoders.base import Encoder, InsertedTokens, Prompt, create_encoder
 from mopefuse.fusion.base import Fusion
 from mopefuse.training.train import train
 
@@ -60,7 +60,7 @@ def gradients(
     encoded = encoder.encode(
         batch_of(encoder),
         lambda layer, tokens, mask: Prompt(prompts[layer], gates[layer] if gated else None),
-        Insert(ahead, blind=1) if insert else None,
+        InsertedTokens(ahead, blind=1) if insert else None,
     )
     random = torch.Generator().manual_seed(5)
     backward((encoded.pooled_BC * torch.randn(encoded.pooled_BC.shape, generator=random)).sum())
@@ -97,7 +97,7 @@ def test_inserted_tokens_are_recomputed_too(family: str, encoders: Mapping[str, 
 def test_the_backward_pass_may_run_in_another_thread(family: str, encoders: Mapping[str, Encoder]) -> None:
     """On a GPU, it always does."""
     encoder = encoder_of(family, encoders)
-    insert = encoder.insertable
+    insert = encoder.supports_inserted_tokens
     plain = gradients(encoder, gated=True, recompute=False, insert=insert)
     assert_equal(gradients(encoder, gated=True, recompute=True, insert=insert, backward=backward_elsewhere), plain)
 

@@ -29,7 +29,7 @@ from mopefuse.errors import NumericError, ResourceError
 from mopefuse.evaluation import logit_spool
 from mopefuse.evaluation.logit_spool import Spool
 from mopefuse.evaluation.outputs import BatchOutput
-from mopefuse.evaluation.predictions import KEPT, MOST_LABELS, collect_predictions
+from mopefuse.evaluation.predictions import KEPT, MAX_LABELS, collect_predictions
 from mopefuse.evaluation.scoring import score
 from mopefuse.evaluation.split import run_split
 from mopefuse.metrics import classification as metrics
@@ -239,7 +239,7 @@ def test_two_processes_evaluate_and_write_the_same_as_one(trained: tuple[Path, P
         results[processes] = json.loads(done.stdout)
     assert results[1]["metrics"] == results[2]["metrics"] and results[1]["per_label"] == results[2]["per_label"]
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
-    assert MOST_LABELS < MANY
+    assert MAX_LABELS < MANY
 
 
 def test_the_page_of_a_large_split_covers_a_sample_of_it(

@@ -18,7 +18,7 @@ from test_swap import SMALL, config_of, kept, pair
 from mopefuse.config.encoder_sides import specs, specs_by_side, with_specs
 from mopefuse.core.precision import normalize_feature
 from mopefuse.data.load import load_data
-from mopefuse.data.perturbed import derangement
+from mopefuse.data.perturbed import draw_derangement
 from mopefuse.errors import ConfigError
 from mopefuse.evaluation.audit import audit_model
 from mopefuse.fusion.base import Fusion
@@ -181,12 +181,12 @@ def test_main_only_needs_no_complementary_encoder() -> None:
 
 
 def test_replacing_the_second_encoder_keeps_the_tensors_of_the_first() -> None:
-    fates = pair({"comp": TWO}, {"comp": [TWO[0], "tiny:vision"]})[2]
-    assert kept(fates, "stack.router.weight") == kept(fates, "stack.trunk.") == kept(fates, "stack.layers") == {"kept"}
-    assert kept(fates, "stack.router.others.comp2") == kept(fates, "stack.trunks.comp2.0") == {"new"}
-    assert kept(fates, "head") == {"kept"}
-    fates = pair({"comp": TWO}, {"comp": ["tiny:vision", TWO[1]]})[2]
-    assert kept(fates, "stack.router.weight") == {"new"} and kept(fates, "stack.router.others.comp2") == {"kept"}
+    origins = pair({"comp": TWO}, {"comp": [TWO[0], "tiny:vision"]})[2]
+    assert kept(origins, "stack.router.weight") == kept(origins, "stack.trunk.") == kept(origins, "stack.layers") == {"kept"}
+    assert kept(origins, "stack.router.others.comp2") == kept(origins, "stack.trunks.comp2.0") == {"new"}
+    assert kept(origins, "head") == {"kept"}
+    origins = pair({"comp": TWO}, {"comp": ["tiny:vision", TWO[1]]})[2]
+    assert kept(origins, "stack.router.weight") == {"new"} and kept(origins, "stack.router.others.comp2") == {"kept"}
 
 
 def test_late_concat_keeps_the_columns_of_the_other_encoders() -> None:
@@ -263,7 +263,7 @@ def test_an_audit_shuffles_each_modality_separately(pairs: Path) -> None:
     assert found.modalities == ("text", "image") and found.same.keys() == {"text", "image"}
     names = [(one.name, one.modality) for one in found.conditions]
     assert names[:5] == [("as is", ""), *((name, m) for m in ("text", "image") for name in ("shuffled", "blank"))]
-    rows, partner = data.splits["test"].rows, derangement(len(data.splits["test"].rows), 0).tolist()
+    rows, partner = data.splits["test"].rows, draw_derangement(len(data.splits["test"].rows), 0).tolist()
     shown = [data.read(data.splits["test"], row, "image", config.data) for row in rows]
     batch = model.collate(shown, [rows[other].values["text"] for other in partner])
     shuffled_SN = found.condition("shuffled", "text").logits_SN
@@ -273,17 +273,17 @@ def test_an_audit_shuffles_each_modality_separately(pairs: Path) -> None:
 
 def test_with_another_main_encoder_and_more_others_the_head_is_new() -> None:
     before, after = ({"comp": comp, "method": "late-concat"} for comp in (TWO[:1], ["tiny:vision", "tiny:vision-b"]))
-    _, _, fates = pair(before, {**after, "main": SMALL})
-    assert kept(fates, "head") == {"new"}
+    _, _, origins = pair(before, {**after, "main": SMALL})
+    assert kept(origins, "head") == {"new"}
 
 
 @pytest.mark.parametrize("method", ["conditional", "late-concat"])
 def test_one_more_encoder_than_before_is_new(method: str) -> None:
     before, after = ({"comp": comp, "method": method} for comp in (TWO, [*TWO, "tiny:vision"]))
-    old, state, fates = pair(before, after)
+    old, state, origins = pair(before, after)
     assert torch.equal(state["head.weight"][:, : old["head.weight"].shape[1]], old["head.weight"])
     if method == "conditional":
-        assert kept(fates, "stack.router.others.comp3") == {"new"} and kept(fates, "stack.router.others.comp2") == {"kept"}
+        assert kept(origins, "stack.router.others.comp3") == {"new"} and kept(origins, "stack.router.others.comp2") == {"kept"}
 
 
 def test_a_run_records_the_modalities_of_its_rows(run: Path) -> None:

@@ -35,57 +35,57 @@ Labels = tuple[list[str], list[str]]
 
 
 def pair(old: dict[str, Any], new: dict[str, Any], labels: Labels = (["a", "b"], ["a", "b"])) -> Any:
-    """(old model, state of the new one, fate by tensor name); values of the old model show where a tensor comes from."""
+    """(old model, state of the new one, origin by tensor name); values of the old model show where a tensor comes from."""
     one, other = build_model(config_of(**old), len(labels[0])), build_model(config_of(**new, seed=5), len(labels[1]))
     with torch.no_grad():
         for parameter in one.trainable_parameters():
             parameter.normal_()
     state, transferred = transfer_weights(one, other, *labels)
-    return one.trainable_state_dict(), state, {entry.name: entry.fate for entry in transferred}
+    return one.trainable_state_dict(), state, {entry.name: entry.origin for entry in transferred}
 
 
-def kept(fates: dict[str, str], prefix: str) -> set[str]:
-    return {fate for name, fate in fates.items() if name.startswith(prefix)}
+def kept(origins: dict[str, str], prefix: str) -> set[str]:
+    return {origin for name, origin in origins.items() if name.startswith(prefix)}
 
 
 def test_if_nothing_is_swapped_everything_is_kept() -> None:
-    old, state, fates = pair({}, {})
-    assert set(fates.values()) == {"kept"}
+    old, state, origins = pair({}, {})
+    assert set(origins.values()) == {"kept"}
     assert all(torch.equal(state[name], tensor) for name, tensor in old.items())
 
 
 @pytest.mark.parametrize("router", ["cross", "joint"])
 def test_a_new_complementary_encoder_keeps_prompts_experts_and_head(router: str) -> None:
-    old, state, fates = pair({"router": {"kind": router}}, {"comp": "tiny:text?pool=cls", "router": {"kind": router}})
-    assert kept(fates, "stack.layers") == kept(fates, "head") == kept(fates, "stack.trunk.1") == {"kept"}
-    assert kept(fates, "stack.trunk.0") == {"new"}
-    new = {name for name, fate in fates.items() if name.startswith("stack.router") and fate == "new"}
+    old, state, origins = pair({"router": {"kind": router}}, {"comp": "tiny:text?pool=cls", "router": {"kind": router}})
+    assert kept(origins, "stack.layers") == kept(origins, "head") == kept(origins, "stack.trunk.1") == {"kept"}
+    assert kept(origins, "stack.trunk.0") == {"new"}
+    new = {name for name, origin in origins.items() if name.startswith("stack.router") and origin == "new"}
     expected = {"cross": {"stack.router.weight_NKC", "stack.router.bias_NK"}, "joint": {"stack.router.of_comp_NQC"}}
     assert new == expected[router]
-    assert all(torch.equal(state[name], old[name]) for name, fate in fates.items() if fate == "kept")
+    assert all(torch.equal(state[name], old[name]) for name, origin in origins.items() if origin == "kept")
     assert not torch.equal(state["stack.trunk.0.weight"], old["stack.trunk.0.weight"])
 
 
 def test_a_main_encoder_of_the_same_shape_keeps_everything() -> None:
-    _, _, fates = pair({"main": SMALL}, {"main": f"{SMALL}&drop_path_rate=0.0"})
-    assert set(fates.values()) == {"kept"}
+    _, _, origins = pair({"main": SMALL}, {"main": f"{SMALL}&drop_path_rate=0.0"})
+    assert set(origins.values()) == {"kept"}
 
 
 def test_a_main_encoder_of_other_widths_keeps_tensors_that_do_not_touch_its_layers() -> None:
-    _, _, fates = pair({"main": SMALL}, {"main": WIDER})
-    assert kept(fates, "stack.layers") == kept(fates, "head.weight") == {"new"}
-    assert kept(fates, "stack.router") == kept(fates, "stack.trunk") == {"kept"}
+    _, _, origins = pair({"main": SMALL}, {"main": WIDER})
+    assert kept(origins, "stack.layers") == kept(origins, "head.weight") == {"new"}
+    assert kept(origins, "stack.router") == kept(origins, "stack.trunk") == {"kept"}
 
 
 def test_another_depth_gets_a_new_router() -> None:
-    _, _, fates = pair({"main": SMALL}, {"main": DEEPER})
-    assert kept(fates, "stack.layers") == kept(fates, "stack.router") == {"new"}
-    assert kept(fates, "stack.trunk") == {"kept"}
+    _, _, origins = pair({"main": SMALL}, {"main": DEEPER})
+    assert kept(origins, "stack.layers") == kept(origins, "stack.router") == {"new"}
+    assert kept(origins, "stack.trunk") == {"kept"}
 
 
 def test_head_rows_of_unchanged_labels_are_kept() -> None:
-    old, state, fates = pair({}, {}, (["a", "b", "c"], ["c", "x", "a", "y"]))
-    assert (fates["head.weight"], fates["head.bias"]) == ("projected", "projected")
+    old, state, origins = pair({}, {}, (["a", "b", "c"], ["c", "x", "a", "y"]))
+    assert (origins["head.weight"], origins["head.bias"]) == ("partial", "partial")
     assert torch.equal(state["head.weight"][[0, 2]], old["head.weight"][[2, 0]])
     assert torch.equal(state["head.bias"][[0, 2]], old["head.bias"][[2, 0]])
     _, _, none = pair({}, {}, (["a", "b"], ["x", "y"]))
@@ -94,22 +94,22 @@ def test_head_rows_of_unchanged_labels_are_kept() -> None:
 
 def test_head_columns_of_a_new_complementary_encoder_are_new() -> None:
     late: dict[str, Any] = {"method": "late-concat", "main": SMALL}
-    old, state, fates = pair(late, {**late, "comp": "tiny:text-b"})
-    assert fates["head.weight"] == "projected"
+    old, state, origins = pair(late, {**late, "comp": "tiny:text-b"})
+    assert origins["head.weight"] == "partial"
     width = state["head.weight"].shape[1] - 96
     assert torch.equal(state["head.weight"][:, :width], old["head.weight"][:, :width])
     assert not (state["head.weight"][:, width:] == old["head.weight"][:, width:]).any()
     several: dict[str, Any] = {"either": True, "comp": ["tiny:text", "tiny:text-b"]}
-    old, state, fates = pair(several, {**several, "comp": ["tiny:text", "tiny:text-b?pool=cls"]})
-    assert (fates["head.weight"], fates["head_comp.weight"]) == ("kept", "projected")
+    old, state, origins = pair(several, {**several, "comp": ["tiny:text", "tiny:text-b?pool=cls"]})
+    assert (origins["head.weight"], origins["head_comp.weight"]) == ("kept", "partial")
     mine, theirs = state["head_comp.weight"], old["head_comp.weight"]
     assert torch.equal(mine[:, :96], theirs[:, :96]) and not (mine[:, 96:] == theirs[:, 96:]).any()
 
 
 def test_late_concat_keeps_the_head_columns_of_the_other_encoder() -> None:
     late: dict[str, Any] = {"method": "late-concat", "main": SMALL}
-    old, state, fates = pair(late, late | {"main": WIDER})
-    assert fates["head.weight"] == "projected"
+    old, state, origins = pair(late, late | {"main": WIDER})
+    assert origins["head.weight"] == "partial"
     assert torch.equal(state["head.weight"][:, 96:], old["head.weight"][:, 48:])
 
 
@@ -209,9 +209,9 @@ def test_during_warm_up_only_new_tensors_are_trained(run: Path, tmp_path: Path) 
             settings={"train": {"select": "last"}},
         )  # fmt: skip
     start, warm, tuned = best(run), weights(tmp_path / "1", "step-3"), weights(tmp_path / "2", "step-6")
-    fates = {entry["name"]: entry["fate"] for entry in json.loads((tmp_path / "1" / "swap.json").read_text())["tensors"]}
+    origins = {entry["name"]: entry["origin"] for entry in json.loads((tmp_path / "1" / "swap.json").read_text())["tensors"]}
     for name in start:
-        if fates[name] == "kept":
+        if origins[name] == "kept":
             assert torch.equal(warm[name], start[name]), name
     assert not torch.equal(tuned["head.weight"], start["head.weight"])
 
@@ -239,8 +239,8 @@ def test_the_data_can_be_swapped_for_data_with_other_labels(run: Path, data: Pat
         write_rows(other / f"{split}.jsonl", [row | {"label": row["label"].replace("b", "new")} for row in rows])
     done = call("swap-encoder", run, "--data", other, "-o", tmp_path / "new", "--json")
     assert done.returncode == 0, done.stderr
-    fates = {entry["name"]: entry["fate"] for entry in json.loads(done.stdout)["tensors"]}
-    assert fates["head.weight"] == "projected"
+    origins = {entry["name"]: entry["origin"] for entry in json.loads(done.stdout)["tensors"]}
+    assert origins["head.weight"] == "partial"
     assert RunFolder(tmp_path / "new").manifest()["labels"] == ["a", "c", "new"]
 
 

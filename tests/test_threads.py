@@ -25,7 +25,7 @@ import mopefuse
 from mopefuse.core import device as devices
 from mopefuse.core import registry
 from mopefuse.data.base import Batch
-from mopefuse.encoders.base import Encoder, Inputs, Insert, Prompt, create_encoder
+from mopefuse.encoders.base import Encoder, Inputs, InsertedTokens, Prompt, create_encoder
 from mopefuse.fusion.base import Fusion
 
 pytest_plugins = ["families"]
@@ -91,7 +91,7 @@ def prompted(encoder: Encoder, thread: int, *, gated: bool, insert: bool) -> Cal
 
     def call() -> Tensor:
         with torch.no_grad():
-            return encoder.encode(inputs, prompt_at, Insert(ahead, blind=thread % 2) if insert else None).pooled_BC
+            return encoder.encode(inputs, prompt_at, InsertedTokens(ahead, blind=thread % 2) if insert else None).pooled_BC
 
     return call
 
@@ -100,7 +100,7 @@ def prompted(encoder: Encoder, thread: int, *, gated: bool, insert: bool) -> Cal
 @pytest.mark.parametrize("family", matrix([*FAMILIES, "tiny-vision", "tiny-text"], [*QUICK, "tiny-text"]))
 def test_threads_can_share_an_encoder(family: str, gated: bool, encoders: Mapping[str, Encoder]) -> None:
     encoder = encoders[family] if family in encoders else create_encoder(family.replace("-", ":"))
-    calls = [prompted(encoder, thread, gated=gated, insert=encoder.insertable) for thread in range(THREADS)]
+    calls = [prompted(encoder, thread, gated=gated, insert=encoder.supports_inserted_tokens) for thread in range(THREADS)]
     alone = [call() for call in calls]
     assert wrong(in_threads(lambda thread: calls[thread](), 8), alone, torch.equal) == 0
 

@@ -174,4 +174,4 @@ def test_damaged_weights_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_tiny_encoders_satisfy_the_contract(spec: str) -> None:
-    assert check_encoder(spec).insertable
+    assert check_encoder(spec).supports_inserted_tokens

@@ -371,10 +371,10 @@ def test_an_audit_shuffles_and_blanks_the_tokens(data: Path, tmp_path: Path) -> 
 def test_a_swapped_encoder_keeps_queries_and_mappers(data: Path, tmp_path: Path) -> None:
     train(settings(data, train__epochs=1), tmp_path / "run")
     swap = swap_encoder(tmp_path / "run", tmp_path / "new", comp="tiny:text-b")
-    fates = {entry.name: entry.fate for entry in swap.transferred if "resampler" in entry.name or "mapper" in entry.name}
-    new = {name for name, fate in fates.items() if fate == "new"}
+    origins = {entry.name: entry.origin for entry in swap.transferred if "resampler" in entry.name or "mapper" in entry.name}
+    new = {name for name, origin in origins.items() if origin == "new"}
     assert new == {f"stack.resamplers.comp.trunk.0.{kind}" for kind in ("weight", "bias")}
-    assert set(fates.values()) == {"new", "kept"} and "stack.resamplers.comp.queries_Rh" in fates
+    assert set(origins.values()) == {"new", "kept"} and "stack.resamplers.comp.queries_Rh" in origins
 
 
 @pytest.mark.matrix

@@ -22,7 +22,7 @@ from mopefuse.core.tensor_files import read_tensors
 from mopefuse.errors import ConfigError, DataError, Interrupted, MopefuseError, NumericError
 from mopefuse.runs.folder import RunFolder
 from mopefuse.training.listener import Listener, Progress
-from mopefuse.training.resume import resumed
+from mopefuse.training.resume import merge_resumed
 from mopefuse.training.train import train
 from mopefuse.training.trainer import Trainer
 
@@ -277,7 +277,7 @@ def test_a_new_run_warns_if_steps_exceed_the_epochs(data: Path, tmp_path: Path) 
 )
 def test_a_resumed_run_cannot_become_another(data: Path, changed: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        resumed(config(data), config(data, **changed))
+        merge_resumed(config(data), config(data, **changed))
 
 
 def test_a_run_cannot_be_resumed_with_other_data(data: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
 from mopefuse.training.optimizer import make_optimizer
-from mopefuse.training.plan import resolved
+from mopefuse.training.plan import resolve_defaults
 from mopefuse.training.train import train
 
 ALL = sorted(
@@ -107,7 +107,7 @@ def test_tuned_weights_have_their_own_learning_rate(tune: str, lr: float) -> Non
         {"main": "tiny:vision", "comp": "tiny:text", "method": "late-concat", "tune": tune, "train": {"lr_tuned": 3e-5}}
     )
     model = build_model(config, 3)
-    rates = resolved(config, model).train
+    rates = resolve_defaults(config, model).train
     of = {id(p): group["peak"] for group in make_optimizer(model, rates).param_groups for p in group["params"]}
     found = {name.partition(".")[0]: of[id(p)] for name, p in model.named_trainable_parameters().items()}
     comp = 3e-5 if tune == "full" else 5e-4

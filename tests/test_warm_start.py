@@ -23,7 +23,7 @@ from mopefuse.fusion.mlp_fit import Network, NetworkSettings
 from mopefuse.fusion.regression import FitSettings, Fold
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import load_model
-from mopefuse.training.plan import resolved
+from mopefuse.training.plan import resolve_defaults
 from mopefuse.training.swap import swap_encoder
 from mopefuse.training.train import train
 
@@ -222,4 +222,4 @@ def test_a_method_that_ignores_warm_start_keeps_the_learning_rate_of_its_head(da
     for method in ("late-concat", "main-only"):
         other = config(data, method=method)
         assert other.warm_start == "linear"
-        assert resolved(other, build_model(other, 3)).train.lr_head == other.train.lr
+        assert resolve_defaults(other, build_model(other, 3)).train.lr_head == other.train.lr

@@ -24,7 +24,7 @@ from mopefuse.metrics.label_loss import label_loss
 
 _WIDEST = 10.0  # T and 1 / T are at most this
 _STEPS = 200  # tried on either side of 1
-_MOST_SAMPLES = 20_000
+_MAX_SAMPLES = 20_000
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def calibrate(heads: Sequence[Tensor], targets: Tensor, basis: str) -> Calibrati
         heads: logits (K, N) of each head, whose probabilities are averaged.
         targets: class indices (K,), or zeros and ones (K, N).
     """
-    some = slice(None, None, max(1, len(targets) // _MOST_SAMPLES))
+    some = slice(None, None, max(1, len(targets) // _MAX_SAMPLES))
     few, few_targets = [head_KN[some] for head_KN in heads], targets[some]
     exponents = torch.linspace(-1, 1, 2 * _STEPS + 1, dtype=torch.double)
     temperatures = sorted((_WIDEST**exponents).tolist(), key=lambda value: abs(value - 1))  # T = 1 wins ties

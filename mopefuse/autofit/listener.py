@@ -77,7 +77,7 @@ class CandidateListener(Listener):
             self._validated += 1
         self._shown.on_validation(progress, found, best=best)
 
-    def wants_to_stop(self, progress: Progress, total: int) -> bool:
+    def should_stop(self, progress: Progress, total: int) -> bool:
         """Whether time is up, or the best validation so far is clearly worse than the leader at half of the steps."""
         self.reason = self._why_stop(progress, total)
         return bool(self.reason)

@@ -26,7 +26,9 @@ from mopefuse.encoders.tiny import TinyEncoder
 
 def why_not_insertable(encoder: Encoder) -> str:
     """Reason why an encoder's prompts cannot be inserted as tokens; empty if they can."""
-    return "" if encoder.insertable or in_windows(encoder) else f"{encoder.spec} does not support prompts as tokens"
+    if encoder.supports_inserted_tokens or in_windows(encoder):
+        return ""
+    return f"{encoder.spec} does not support prompts as tokens"
 
 
 def in_windows(encoder: Encoder) -> bool:

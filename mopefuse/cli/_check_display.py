@@ -13,8 +13,8 @@ from mopefuse.modalities.base import get_modality
 from mopefuse.report.data_check import check_page, describe_count, describe_truncation
 from mopefuse.report.pages import write
 
-_MOST_LABELS = 30
-_MOST_OF_A_KIND = 5  # problems that are listed one by one
+_MAX_LABELS = 30
+_MAX_OF_A_KIND = 5  # problems that are listed one by one
 _ABOUT_LABELS = ("absent-label", "joined-labels", "label-variants", "misspelt-label", "numeric-labels", "rare-labels")
 _COLOURS = {"error": "red", "warning": "yellow"}
 
@@ -63,11 +63,11 @@ def _list(groups: Mapping[str, Sequence[Finding]], heading: str = "") -> None:
     if groups and heading:
         console.print(heading, style="bold", markup=False)
     for kind, found in groups.items():
-        for finding in found[:_MOST_OF_A_KIND]:
+        for finding in found[:_MAX_OF_A_KIND]:
             text = f"{finding.severity}: {visible(finding.place)}: {visible(finding.message)}"
             console.print(text, style=_COLOURS[finding.severity], markup=False)
-        if len(found) > _MOST_OF_A_KIND:
-            rest = len(found) - _MOST_OF_A_KIND
+        if len(found) > _MAX_OF_A_KIND:
+            rest = len(found) - _MAX_OF_A_KIND
             console.print(f"         and {rest:,} more of {kind}; --html FILE or --json lists them", markup=False)
 
 
@@ -92,12 +92,12 @@ def _splits(report: Report) -> list[list[str]]:
 def _show_labels(report: Report) -> None:
     names, counts = list(report.splits), list(report.balance.items())
     shown: Sequence[tuple[str, dict[str, int]]] = counts
-    if len(counts) > _MOST_LABELS:
-        half = _MOST_LABELS // 2
+    if len(counts) > _MAX_LABELS:
+        half = _MAX_LABELS // 2
         shown = [*counts[:half], *counts[-half:]]
     rows = [[visible(label), *(f"{count[name]:,}" for name in names)] for label, count in shown]
     kind = ", several per row" if report.multi_label else ""
-    part = f", the {_MOST_LABELS // 2} most frequent and rarest" if len(counts) > _MOST_LABELS else ""
+    part = f", the {_MAX_LABELS // 2} most frequent and rarest" if len(counts) > _MAX_LABELS else ""
     table(f"{len(counts):,} labels{kind}{part}", ["label", *names], rows)
     found = report.extremes
     if found["ratio"]:

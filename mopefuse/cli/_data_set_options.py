@@ -99,7 +99,7 @@ def _parameter(option: Option) -> inspect.Parameter:
         flag,
         metavar="|".join(option.choices) or None,
         help=f"{option.help}{default}",
-        min=option.least,
+        min=option.minimum,
         show_default=False,
     )
     kind: Any = option.kind

@@ -89,7 +89,7 @@ def inspect(
     if get_modality(encoder.modality).is_picture:
         facts["tokens"] = encoder.count_tokens()
     if not encoder.widths:
-        facts["why_not_main"] = encoder.why_not_main
+        facts["unpromptable_reason"] = encoder.unpromptable_reason
     if json:
         print_json({"ok": True, **facts})
         return
@@ -119,7 +119,7 @@ def check(
     encoder = create_encoder(spec)
     parts = list(contract(encoder))
     broken = [part for part, fault in parts if fault]
-    use = f"main or comp, {len(encoder.widths)} layers" if encoder.widths else f"comp only: {encoder.why_not_main}"
+    use = f"main or comp, {len(encoder.widths)} layers" if encoder.widths else f"comp only: {encoder.unpromptable_reason}"
     if json:
         rows = [{"part": part, "holds": not fault, "fault": fault or None} for part, fault in parts]
         print_json({"ok": not broken, "spec": str(encoder.spec), "modality": encoder.modality, "use": use, "contract": rows})

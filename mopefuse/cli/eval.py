@@ -82,7 +82,7 @@ def _check(
     from mopefuse.config.setting_flags import flag_of
     from mopefuse.core.atomic_files import check_file
     from mopefuse.errors import ConfigError, did_you_mean
-    from mopefuse.runs.locate import find_run, kind_of, locate
+    from mopefuse.runs.locate import find_run, get_kind, locate
 
     if not single and (out or gated):
         fix = "remove this flag, or use a single share, such as --missing text=0.7"
@@ -101,7 +101,7 @@ def _check(
             ConfigCode.NO_SUCH_SPLIT, f"unknown split {split!r}", where="--split", fix=did_you_mean(split, _SPLITS)
         )
     folder = locate(run)
-    if kind_of(folder) != "bundle":
+    if get_kind(folder) != "bundle":
         find_run(folder).config()
     if out is not None:
         check_file(out)
@@ -131,10 +131,10 @@ def _evaluate(run: Path, options: dict[str, Any], gates: dict[str, float], out: 
 def _predictions_file(run: Path, options: dict[str, Any]) -> Path | None:
     """The file in a run for its predictions; None for anything but a run."""
     from mopefuse.runs.folder import RunFolder
-    from mopefuse.runs.locate import kind_of, locate
+    from mopefuse.runs.locate import get_kind, locate
 
     folder = locate(run)
-    if kind_of(folder) != "run":
+    if get_kind(folder) != "run":
         return None
     split, checkpoint = options["split"], options["checkpoint"]
     if split == "test" and options["data"] is None and checkpoint == "best":

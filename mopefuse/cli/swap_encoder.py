@@ -77,13 +77,13 @@ def _print(swap: Swap, folder: Path, *, tuned: bool) -> None:
 
     groups: dict[tuple[str, str], list[int]] = {}
     for entry in swap.transferred:
-        group = groups.setdefault((_group(entry.name), entry.fate), [0, 0, 0])
+        group = groups.setdefault((_group(entry.name), entry.origin), [0, 0, 0])
         size = 1
         for side in entry.shape:
             size *= side
         for place, number in enumerate((1, size, entry.kept)):
             group[place] += number
-    rows = [[name, fate, str(count), f"{size:,}", f"{kept:,}"] for (name, fate), (count, size, kept) in groups.items()]
+    rows = [[name, origin, str(count), f"{size:,}", f"{kept:,}"] for (name, origin), (count, size, kept) in groups.items()]
     table("trained tensors", ["group", "", "tensors", "values", "kept from the run"], rows)
     out().print(f"{percent(swap.share_kept)} of the trainable values of the new run are kept from the old one", markup=False)
     name = next(key for key in ("accuracy", "f1_macro") if key in (swap.metrics["after"]["val"] or {}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from mopefuse.config.section import MANY, MOST_TOKENS, WIDEST, Section
+from mopefuse.config.section import MANY, MAX_TOKENS, WIDEST, Section
 
 
 class QMF(Section):
@@ -26,7 +26,7 @@ class Flamingo(Section):
     resampled: int = Field(
         16,
         ge=0,
-        le=MOST_TOKENS,
+        le=MAX_TOKENS,
         description="number of learned queries of the resampler, for each complementary encoder; 0: no resampling",
     )
     resampler_layers: int = Field(1, ge=1, le=64, description="number of layers of the resampler")
@@ -44,8 +44,8 @@ class Flamingo(Section):
 class Inserted(Section):
     """Tokens that some methods insert in front of the main encoder's own."""
 
-    prompts: int = Field(20, ge=0, le=MOST_TOKENS, description="number of learned tokens of promptfuse and blindprompt")
-    images: int = Field(4, ge=1, le=MOST_TOKENS, description="number of tokens that mmbt and p-mmbt make from an image")
+    prompts: int = Field(20, ge=0, le=MAX_TOKENS, description="number of learned tokens of promptfuse and blindprompt")
+    images: int = Field(4, ge=1, le=MAX_TOKENS, description="number of tokens that mmbt and p-mmbt make from an image")
 
 
 class Interactive(Section):
@@ -53,11 +53,11 @@ class Interactive(Section):
 
     layers: int = Field(2, ge=0, le=MANY, description="the encoders exchange prompts in their last N layers")
     queries: int = Field(
-        4, ge=0, le=MOST_TOKENS, description="query prompts: a layer's output for them is passed to the other encoder"
+        4, ge=0, le=MAX_TOKENS, description="query prompts: a layer's output for them is passed to the other encoder"
     )
-    query_context: int = Field(4, ge=0, le=MOST_TOKENS, description="query context prompts: read by the query prompts only")
+    query_context: int = Field(4, ge=0, le=MAX_TOKENS, description="query context prompts: read by the query prompts only")
     fusion_context: int = Field(
-        4, ge=0, le=MOST_TOKENS, description="fusion context prompts: used together with the prompts from the other encoder"
+        4, ge=0, le=MAX_TOKENS, description="fusion context prompts: used together with the prompts from the other encoder"
     )
     bottleneck: int | None = Field(
         None,
@@ -76,7 +76,7 @@ class MLP(Section):
 class CrossAttention(Section):
     """Attention of comp's features to the main encoder's output tokens (method cross-attention)."""
 
-    queries: int = Field(4, ge=1, le=MOST_TOKENS, description="number of queries, each with a learned offset")
+    queries: int = Field(4, ge=1, le=MAX_TOKENS, description="number of queries, each with a learned offset")
     width: int = Field(128, ge=1, le=WIDEST, description="width of queries, keys and values; a multiple of heads")
     heads: int = Field(4, ge=1, le=256, description="attention heads")
     dropout: float = Field(

@@ -16,7 +16,7 @@ from mopefuse.config.messages import field_at, invalid_settings_error, keys_in
 from mopefuse.config.method_defaults import defaults_of, without_idle_side
 from mopefuse.config.method_settings import MLP, QMF, CrossAttention, Flamingo, Inserted, Interactive
 from mopefuse.config.section import MANY as _MANY
-from mopefuse.config.section import MOST_TOKENS as _MOST_TOKENS
+from mopefuse.config.section import MAX_TOKENS as _MAX_TOKENS
 from mopefuse.config.section import WIDEST as _WIDEST
 from mopefuse.config.section import Section
 from mopefuse.config.setting_paths import merge
@@ -30,20 +30,20 @@ class Prompts(Section):
     static: int | None = Field(
         None,
         ge=0,
-        le=_MOST_TOKENS,
+        le=_MAX_TOKENS,
         description="tokens of the static prompt; default: 6 if main reads images, else 4; map: 16, maple: 2",
     )
     dynamic: int | None = Field(
-        None, ge=0, le=_MOST_TOKENS, description="tokens of the dynamic prompt; default: 6 if main reads images, else 4"
+        None, ge=0, le=_MAX_TOKENS, description="tokens of the dynamic prompt; default: 6 if main reads images, else 4"
     )
-    mapped: int = Field(1, ge=0, le=_MOST_TOKENS, description="tokens of the mapped prompt, computed from comp")
+    mapped: int = Field(1, ge=0, le=_MAX_TOKENS, description="tokens of the mapped prompt, computed from comp")
     condition: Literal["pooled", "tokens"] = Field(
         "pooled", description="what the mapped prompt is computed from: comp's pooled feature, or its output tokens"
     )
     condition_tokens: int = Field(
-        8, ge=0, le=_MOST_TOKENS, description="with condition=tokens: learned queries that read comp's tokens; 0: use them all"
+        8, ge=0, le=_MAX_TOKENS, description="with condition=tokens: learned queries that read comp's tokens; 0: use them all"
     )
-    experts: int = Field(16, ge=1, le=_MOST_TOKENS, description="prompt experts per layer (K)")
+    experts: int = Field(16, ge=1, le=_MAX_TOKENS, description="prompt experts per layer (K)")
     film: bool = Field(
         False, description="also scale and shift the attention input of each prompted layer (FiLM), computed from comp"
     )
@@ -96,7 +96,7 @@ class Router(Section):
         "cross", description="input of the router: the other modality (cross) or both (joint)"
     )
     top_m: int | None = Field(
-        None, ge=1, le=_MOST_TOKENS, description="use only the m highest-scoring experts per sample; default: all"
+        None, ge=1, le=_MAX_TOKENS, description="use only the m highest-scoring experts per sample; default: all"
     )
     temperature: float = Field(0.1, gt=0, description="temperature of the routing softmax; towards 0 a single expert is chosen")
     noise: bool = Field(True, description="add noise to the routing scores in training, with standard deviation 1/K")
@@ -115,7 +115,7 @@ class CompTuning(Section):
         description="how conditional trains the complementary encoder: not at all (frozen), with static prompts (prompts), "
         "with LoRA (lora) or fully (full)",
     )
-    length: int = Field(4, ge=1, le=_MOST_TOKENS, description="tokens of each static prompt, if mode is prompts")
+    length: int = Field(4, ge=1, le=_MAX_TOKENS, description="tokens of each static prompt, if mode is prompts")
 
 
 class Lora(Section):

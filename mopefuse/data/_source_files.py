@@ -99,15 +99,15 @@ class SourceFolder:
         return path
 
 
-class PlacedImages(NamedTuple):
-    """Images that were placed: sha256 by name, the number of hard links (the others are copies), and their size in bytes."""
+class ImportedImages(NamedTuple):
+    """Images that were linked or copied: sha256 by name, number of hard links (the others are copies), and size in bytes."""
 
     sums: dict[str, str]
     linked: int
     size: int
 
 
-def place_images(images: Mapping[str, Path], target: Path, *, link: bool, advance: Callable[[int], None]) -> PlacedImages:
+def import_images(images: Mapping[str, Path], target: Path, *, link: bool, advance: Callable[[int], None]) -> ImportedImages:
     """Link or copy images to a folder.
 
     Args:
@@ -124,7 +124,7 @@ def place_images(images: Mapping[str, Path], target: Path, *, link: bool, advanc
             done = pool.map(lambda item: _place(item[1], target / item[0], link), batch)
             placed.update(zip((name for name, _ in batch), done, strict=True))
             advance(len(placed))
-    return PlacedImages(
+    return ImportedImages(
         {name: digest for name, (digest, _, _) in placed.items()},
         sum(linked for _, linked, _ in placed.values()),
         sum(size for _, _, size in placed.values()),
@@ -178,7 +178,7 @@ def _files(root: Path, tops: Iterable[str]) -> Iterator[str]:
             yield from (os.path.join(folder, name) for name in sorted(names) if not name.startswith("."))
 
 
-def sums_file(sums: Mapping[str, str]) -> str:
+def format_checksums(sums: Mapping[str, str]) -> str:
     """Format `sums` for ``sha256sum --check``, sorted by name."""
     lines = []
     for name in sorted(sums):

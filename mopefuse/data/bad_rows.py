@@ -15,7 +15,7 @@ from mopefuse.errors import DataError, data_error
 from mopefuse.modalities.base import get_modality
 from mopefuse.modalities.files import root_to_name
 
-_MOST_LISTED = 20
+_MAX_LISTED = 20
 
 
 def skip_bad_rows(index: Index, roots: Sequence[Path], config: DataConfig) -> tuple[Problem, ...]:
@@ -54,7 +54,7 @@ def _join(problems: Sequence[Problem]) -> str:
     by_text: dict[str, list[Problem]] = {}
     for problem in problems:
         by_text.setdefault(problem.what, []).append(problem)
-    shown = list(by_text.values())[:_MOST_LISTED]
+    shown = list(by_text.values())[:_MAX_LISTED]
     listed = [f"{same[0]}" + (f" (and {len(same) - 1:,} similar)" if len(same) > 1 else "") for same in shown]
     rest = len(problems) - sum(map(len, shown))
     return "; ".join([*listed, *([f"and {rest:,} more"] if rest else [])])

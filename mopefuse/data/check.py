@@ -30,10 +30,10 @@ from mopefuse.data.findings import (
 )
 from mopefuse.data.index import Index
 from mopefuse.data.index_build import build, read_rows
-from mopefuse.data.label_check import check_labels
-from mopefuse.data.load import notice_splits, roots_of
+from mopefuse.data.label_check import locate_suspicious_labels
+from mopefuse.data.load import get_roots, notice_splits
 from mopefuse.data.split_rows import divide_rows, missing_split_hint
-from mopefuse.data.summary import Advance, Texts, Tokens, balance, describe_split, extremes, read_texts, rows_of
+from mopefuse.data.summary import Advance, Texts, Tokens, count_labels, describe_split, find_extremes, read_texts, rows_of
 from mopefuse.data.tables import Table, find_tables
 from mopefuse.errors import DataError
 from mopefuse.modalities.base import get_modality
@@ -92,8 +92,8 @@ class Report:
 
     @property
     def extremes(self) -> dict[str, Any]:
-        """The most frequent and the rarest label, see `mopefuse.data.summary.extremes`."""
-        return extremes(self.balance)
+        """The most frequent and the rarest label, see `mopefuse.data.summary.find_extremes`."""
+        return find_extremes(self.balance)
 
     def by_kind(self) -> dict[str, list[Finding]]:
         """Group the findings by kind, errors first."""
@@ -111,17 +111,17 @@ class Report:
         """Read a row again."""
         return rows_of(self.indexes[split], self.config)[number]
 
-    def as_dict(self, most: int) -> dict[str, Any]:
+    def as_dict(self, limit: int) -> dict[str, Any]:
         """Convert to plain values.
 
         Args:
-            most: number of findings to list; all are counted.
+            limit: number of findings to list; all are counted.
         """
         return {
             "errors": self.errors,
             "warnings": self.warnings,
             "kinds": {kind: len(found) for kind, found in self.by_kind().items()},
-            "problems": [finding.as_dict() for finding in self.findings[:most]],
+            "problems": [finding.as_dict() for finding in self.findings[:limit]],
             "splits": self.splits,
             "splits_in_training": self.trained,
             "labels": {
@@ -160,7 +160,7 @@ def check(
         find_tables(path, config)  # raises
     if path.is_dir():  # each split has its own table
         config = config.model_copy(update={"split_col": None})
-    reading = _Reading(path=path, config=config, roots=roots_of(path, config), fresh=fresh, advance=advance)
+    reading = _Reading(path=path, config=config, roots=get_roots(path, config), fresh=fresh, advance=advance)
     began = time.perf_counter()
     indexes, found = reading.read()
     seconds = time.perf_counter() - began
@@ -168,7 +168,7 @@ def check(
     texts, text_findings = read_texts(indexes, config, tokens, advance)
     labels, label_findings = cross_row_checks.find_labels(indexes, reading.roots[0], config)
     if "train" in indexes:
-        label_findings += check_labels(indexes["train"], reading.roots[0], config)
+        label_findings += locate_suspicious_labels(indexes["train"], reading.roots[0], config)
     leaks = list(cross_row_checks.leak_findings(indexes))
     found += _row_and_file_findings(indexes, reading.roots)
     found += [
@@ -188,7 +188,7 @@ def check(
         findings=sorted(found, key=_order),
         splits={name: describe_split(index, _bad_rows(index)) for name, index in indexes.items()},
         trained=trained,
-        balance=balance(indexes, labels),
+        balance=count_labels(indexes, labels),
         multi_label=any(bool(index.list_S.any()) for index in indexes.values()),
         texts=texts,
         leaks=_count_leaks(leaks, indexes, reading.modalities),
@@ -250,7 +250,7 @@ def read_split(config: DataConfig, split: str) -> tuple[Index, tuple[Path, ...]]
         present = ", ".join(tables) if path.is_dir() else path.name
         fix = f"the data have {present or 'no split'}; run mopefuse data check for details"
         raise DataError(DataCode.NO_ROW_TO_CHECK, f"the {split} split has no rows", where=str(path), fix=fix)
-    return index, roots_of(path, config)
+    return index, get_roots(path, config)
 
 
 class _Reading:

@@ -19,7 +19,7 @@ _FLAGS = dict(zip(EXPECTED, ("--text-col", "--image-col"), strict=True))  # othe
 COMMON_LABELS = ("labels", "category", "class", "target", "genre", "genres", "y")  # common names of the label column
 
 
-def column_of(name: str, config: DataConfig) -> str:
+def get_column(name: str, config: DataConfig) -> str:
     """The name of the column of a modality."""
     defaults = dict(zip(EXPECTED, (config.text_col, config.img_col), strict=True))
     return config.columns.get(name) or defaults.get(name, name)
@@ -52,8 +52,8 @@ def modalities_of(tables: Iterable[Table], config: DataConfig, *, lenient: bool 
                 what = f"the modality {name!r} is not installed"
                 raise ConfigError(ConfigCode.MODALITY_NOT_INSTALLED, what, where=where, fix=did_you_mean(name, known))
     if config.modalities is not None:
-        return _refuse_label_column(sort_modalities(config.modalities), config)
-    columns = {name: column_of(name, config) for name in known}
+        return _check_label_column(sort_modalities(config.modalities), config)
+    columns = {name: get_column(name, config) for name in known}
     named = _named_columns(config)
     present: set[str] = set()
     readable: list[Table] = []
@@ -65,13 +65,13 @@ def modalities_of(tables: Iterable[Table], config: DataConfig, *, lenient: bool 
     if absent and len(readable) == len(tables):
         _refuse_absent_columns(absent, tables)
     found = {name for name, column in columns.items() if column in present}
-    return _refuse_label_column(sort_modalities(found) if len(found) > 1 else EXPECTED, config)
+    return _check_label_column(sort_modalities(found) if len(found) > 1 else EXPECTED, config)
 
 
-def _refuse_label_column(modalities: tuple[str, ...], config: DataConfig) -> tuple[str, ...]:
+def _check_label_column(modalities: tuple[str, ...], config: DataConfig) -> tuple[str, ...]:
     """Return `modalities`, unless one of them has the column of the label: a model would only learn to copy it."""
     for name in modalities:
-        if column_of(name, config) == config.label_col:
+        if get_column(name, config) == config.label_col:
             what = f"the column {config.label_col} is used both as the label and as {name}"
             fix = f"choose a different column with --label-col or {flag_for(name, 'NAME')}"
             raise ConfigError(ConfigCode.LABEL_COLUMN_IS_INPUT, what, where="data.label_col", fix=fix)
@@ -97,18 +97,18 @@ def _refuse_absent_columns(absent: Sequence[str], tables: Sequence[Table]) -> No
     )
 
 
-def require_column(who: str, name: str, modalities: Sequence[str], *, where: str) -> None:
+def require_column(consumer: str, name: str, modalities: Sequence[str], *, where: str) -> None:
     """Require that rows have a modality.
 
     Args:
-        who: the encoder that reads it, for the message. name: the modality that is required.
+        consumer: the encoder that reads it, for the message. name: the modality that is required.
         modalities: modalities of the rows.
 
     Raises:
         ConfigError: they do not have it.
     """
     if name not in modalities:
-        what = f"{who} reads {name}, but rows have {' and '.join(modalities)}"
+        what = f"{consumer} reads {name}, but rows have {' and '.join(modalities)}"
         fix = f"specify the column of {name} with {flag_for(name, 'NAME')}, or use an encoder of a different modality"
         raise ConfigError(ConfigCode.MODALITY_NOT_IN_DATA, what, where=where, fix=fix)
 
@@ -145,7 +145,7 @@ class Layout:
     def from_config(cls, modalities: Sequence[str], config: DataConfig) -> Layout:
         """The layout of rows with these modalities."""
         return cls(
-            columns={name: column_of(name, config) for name in modalities},
+            columns={name: get_column(name, config) for name in modalities},
             in_rows=frozenset(name for name in modalities if not modality.get_modality(name).is_file),
             identity=config.id_col,
             label=config.label_col,
@@ -167,7 +167,7 @@ class Layout:
             return None
         return value
 
-    def hints(self, missing: Sequence[str], with_label: bool, row: Mapping[str, Any]) -> list[str]:
+    def suggest_flags(self, missing: Sequence[str], with_label: bool, row: Mapping[str, Any]) -> list[str]:
         """Suggest a flag for each missing column, if another column has a similar or a common name."""
         free = [other for other in row if other not in {*self.columns.values(), self.identity, self.label}]
         found = []

@@ -21,7 +21,7 @@ from mopefuse.errors import DataError, similar_names
 from mopefuse.modalities.base import get_modality
 
 Indexes = Mapping[str, Index]
-_MOST_HINTS = 100  # unknown labels of a split for which a similar known label is searched, which is slow
+_MAX_HINTS = 100  # unknown labels of a split for which a similar known label is searched, which is slow
 
 
 def find_labels(indexes: Indexes, root: Path, config: DataConfig) -> tuple[tuple[str, ...], list[Finding]]:
@@ -65,7 +65,7 @@ def unknown_labels(indexes: Indexes, known: tuple[str, ...]) -> Iterator[Finding
     for name, index in indexes.items() if known else ():
         counts, first = index.labels.counts(), index.labels.first_rows()
         for number, label in enumerate(sorted(counts.keys() - set(known))):
-            near = similar_names(label, known, most=1) if number < _MOST_HINTS else []
+            near = similar_names(label, known, most=1) if number < _MAX_HINTS else []
             hint = f"; did you mean {near[0]!r}?" if near else ""
             message = f"the label {label!r} does not occur in train (in {several(counts[label], 'row')}){hint}"
             yield finding_at(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 _RESCANS = 8  # limit on rereading swallowed lines, in lengths of the file; without it, reading could take quadratic time
 _HEAD = 65_536  # bytes in which the header is searched
-_FEWEST = 3  # columns that a table must have for swallowed lines to be recognised as rows
+_MIN_COLUMNS = 3  # columns that a table must have for swallowed lines to be recognised as rows
 _DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical-bar"}
 
 
@@ -96,7 +96,7 @@ class Records:
         if not self.width:
             return cells is None
         bad = cells is None or len(cells) != self.width
-        if not bad and self.width < _FEWEST:
+        if not bad and self.width < _MIN_COLUMNS:
             return False
         end = self._file.tell()
         self._file.seek(start)

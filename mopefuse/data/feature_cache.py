@@ -26,7 +26,7 @@ from mopefuse.core import cache, distributed
 from mopefuse.core import device as devices
 from mopefuse.data.base import DataSet
 from mopefuse.data.collate import Key, Samples
-from mopefuse.data.feature_shards import FeatureStore, Found, Mapped, Values
+from mopefuse.data.feature_shards import FeatureStore, Lookup, Mapped, Values
 from mopefuse.encoders.base import Encoder, Inputs
 from mopefuse.encoders.frozen import encode_pooled
 from mopefuse.modalities.base import get_modality
@@ -39,7 +39,7 @@ Numbers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 
-class Piece(NamedTuple):
+class ComputedRows(NamedTuple):
     """What was computed for some of the distinct values.
 
     Args:
@@ -52,7 +52,7 @@ class Piece(NamedTuple):
     counts_M: Numbers | None = None
 
     @classmethod
-    def join(cls, pieces: Sequence[Piece]) -> Piece:
+    def join(cls, pieces: Sequence[ComputedRows]) -> ComputedRows:
         """Concatenate pieces."""
         numbers_M, rows_RC = (np.concatenate(parts) for parts in list(zip(*pieces, strict=True))[:2])
         counts = [piece.counts_M for piece in pieces if piece.counts_M is not None]
@@ -67,7 +67,7 @@ class Features:
         different: number of distinct values. origin: where the features come from, for messages.
     """
 
-    def __init__(self, tables: Sequence[Mapped | Values], found_S: Found, *, different: int, origin: str) -> None:
+    def __init__(self, tables: Sequence[Mapped | Values], found_S: Lookup, *, different: int, origin: str) -> None:
         self._tables, self._table_S, self._row_S = tables, found_S.shard_U, found_S.row_U
         self.different, self.origin = different, origin
 
@@ -111,7 +111,7 @@ def split_features(
         return Features(tables, found_S, different=different, origin=describe_origin(known_U))
     own_U = share_U | known_U if distributed.is_main() else share_U
     table_UC = computation.collect_in_memory(own_U, not_stored)
-    found_S = Found(np.zeros(len(computation.number_S), np.int32), computation.number_S)
+    found_S = Lookup(np.zeros(len(computation.number_S), np.int32), computation.number_S)
     return Features([table_UC], found_S, different=different, origin="kept in memory")
 
 
@@ -164,7 +164,7 @@ class Computation:
         share_U[np.flatnonzero(~known_U)[distributed.rank() :: distributed.world_size()]] = True
         return known_U, share_U
 
-    def compute_and_store(self, share_U: Mask, *, keep: bool = True) -> list[Piece]:
+    def compute_and_store(self, share_U: Mask, *, keep: bool = True) -> list[ComputedRows]:
         """Compute what belongs to the values in `share_U` and store it shard by shard.
 
         Args:
@@ -173,13 +173,13 @@ class Computation:
         Returns:
             What could not be stored.
         """
-        not_stored: list[Piece] = []
-        waiting: list[Piece] = []
+        not_stored: list[ComputedRows] = []
+        waiting: list[ComputedRows] = []
         began = time.monotonic()
         facts = {"encoder": str(self.encoder.spec), "root": str(self.samples.data.root)}
 
         def publish() -> None:
-            joined = Piece.join(waiting)
+            joined = ComputedRows.join(waiting)
             if not self.store.append(self.values_U[joined.numbers_M], joined.rows_RC, facts, joined.counts_M):
                 not_stored.append(joined)
             waiting.clear()
@@ -196,7 +196,7 @@ class Computation:
             publish()
         return not_stored
 
-    def compute(self, numbers_M: Numbers) -> Iterator[Piece]:
+    def compute(self, numbers_M: Numbers) -> Iterator[ComputedRows]:
         """Encode values, some at a time."""
         size = _FILES_AT_ONCE if self.store.ragged or get_modality(self.encoder.modality).is_file else _VALUES_AT_ONCE
         chunks = [numbers_M[start : start + size] for start in range(0, len(numbers_M), size)]
@@ -209,11 +209,11 @@ class Computation:
         for chunk, batch in zip(chunks, self.samples.batches(keys(), pin=self.device.type == "cuda"), strict=True):
             with devices.autocast(self.config.train.precision, self.device):
                 encoded = self.encode(batch.to(self.device).inputs["only"])
-            yield Piece(chunk, *encoded)
+            yield ComputedRows(chunk, *encoded)
             done += len(chunk)
             self.advance(done, len(numbers_M))
 
-    def find_stored(self, *, complete: bool) -> Found | None:
+    def find_stored(self, *, complete: bool) -> Lookup | None:
         """Find the value of each sample in the store; None unless all processes find them in the same shards.
 
         Args:
@@ -231,7 +231,7 @@ class Computation:
         views = distributed.gather((bool(found.known_U.all()), [(shard.name, shard.sha256) for shard in store.shards]))
         if not (views[0][0] and all(view == views[0] for view in views)):
             return None
-        return Found(found.shard_U[self.number_S], found.row_U[self.number_S])
+        return Lookup(found.shard_U[self.number_S], found.row_U[self.number_S])
 
 
 class FeatureComputation(Computation):
@@ -241,7 +241,7 @@ class FeatureComputation(Computation):
         """See `Computation.encode`."""
         return encode_pooled(self.encoder, inputs).float().cpu().numpy(), None
 
-    def collect_in_memory(self, own_U: Mask, not_stored: list[Piece]) -> Values:
+    def collect_in_memory(self, own_U: Mask, not_stored: list[ComputedRows]) -> Values:
         """Collect a table (U, C) that is the same in all processes.
 
         Args:

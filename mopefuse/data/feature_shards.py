@@ -63,7 +63,7 @@ class Shard(NamedTuple):
         return slice(int(self.ends_M[number - 1]) if number else 0, int(self.ends_M[number]))
 
 
-class Found(NamedTuple):
+class Lookup(NamedTuple):
     """The place of each wanted key: the number of a shard, -1 if no shard has it, and the number of the key in it."""
 
     shard_U: NDArray[np.int32]
@@ -106,11 +106,11 @@ class FeatureStore:
                 self._opened[name] = shard
                 self.shards.append(shard)
 
-    def find(self, wanted_U: Keys) -> Found:
+    def find(self, wanted_U: Keys) -> Lookup:
         """Find the values of some keys."""
         shard_U, row_U = np.full(len(wanted_U), -1, dtype=np.int32), np.zeros(len(wanted_U), dtype=np.int64)
         if not self.shards:
-            return Found(shard_U, row_U)
+            return Lookup(shard_U, row_U)
         sizes = [len(shard.keys) for shard in self.shards]
         keys_N = np.concatenate([shard.keys for shard in self.shards])
         numbers_N = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
@@ -122,7 +122,7 @@ class FeatureStore:
         place_U[place_U == len(keys_N)] = 0
         known_U = keys_N[place_U] == wanted_U
         shard_U[known_U], row_U[known_U] = numbers_N[place_U[known_U]], rows_N[place_U[known_U]]
-        return Found(shard_U, row_U)
+        return Lookup(shard_U, row_U)
 
     def append(self, keys: Keys, values: Values, facts: Mapping[str, Any], counts_M: Counts | None = None) -> bool:
         """Publish values as a new shard.

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from mopefuse.config.schema import COLUMN_SETTINGS
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.error_codes import DataCode
-from mopefuse.data.columns import COMMON_LABELS, EXPECTED, column_of, flag_for
+from mopefuse.data.columns import COMMON_LABELS, EXPECTED, flag_for, get_column
 from mopefuse.data.label_cells import parse_list
 from mopefuse.data.tables import IMAGE_SUFFIXES, find_tables, split_column
 from mopefuse.errors import DataError
@@ -23,7 +23,7 @@ from mopefuse.modalities.base import get_modality
 
 _ROWS = 2000  # first rows that are looked at
 _PATHS = 50  # of these, paths that are looked for on disk
-_MOST_FOLDERS = 200  # folders below the data that may have the files
+_MAX_FOLDERS = 200  # folders below the data that may have the files
 _NEARLY_ALL = 0.9
 _CLEARLY_LONGER = 1.5  # ratio of mean lengths
 _ROWS_PER_LABEL = 3  # on average; a column with more distinct values is not a label
@@ -74,7 +74,7 @@ class _Guesser:
                 if isinstance(value, str | int | float | bool) and str(value).strip():
                     cells.append(str(value).strip())
         named = {config.id_col, config.split_col, *config.columns.values()}
-        own = [column_of(name, config) for name in EXPECTED] + [config.label_col]
+        own = [get_column(name, config) for name in EXPECTED] + [config.label_col]
         self.free = [name for name in self.cells if name not in named and name not in own and self.cells[name]]
 
     def take(self, setting: str, column: str, what: str, why: str) -> None:
@@ -93,7 +93,7 @@ class _Guesser:
     def guess_modality(self, name: str) -> None:
         """Guess the column of a modality."""
         setting = COLUMN_SETTINGS[name]
-        if self._is_settled(column_of(name, self.config), DataConfig.model_fields[setting].default, name):
+        if self._is_settled(get_column(name, self.config), DataConfig.model_fields[setting].default, name):
             return
         if get_modality(name).is_file:
             self._guess_files(name, setting)
@@ -130,7 +130,7 @@ class _Guesser:
         return sum(cell.lower().endswith(IMAGE_SUFFIXES) for cell in cells) >= _NEARLY_ALL * len(cells)
 
     def _folders(self) -> list[Path]:
-        return [item for item in islice(sorted(self.root.iterdir()), _MOST_FOLDERS) if item.is_dir()]
+        return [item for item in islice(sorted(self.root.iterdir()), _MAX_FOLDERS) if item.is_dir()]
 
     def _guess_text(self, name: str, setting: str) -> None:
         """Guess the column with the longest texts."""

@@ -21,7 +21,7 @@ Array = NDArray[Any]
 
 
 @dataclass
-class InRows:
+class InlineValues:
     """The values of a modality that are stored in the rows, as digests of 16 bytes; zeros if a value is missing.
 
     Args:
@@ -45,7 +45,7 @@ class InRows:
 
 
 @dataclass
-class InFiles:
+class FileValues:
     """The values of a modality that are files.
 
     Args:
@@ -86,7 +86,7 @@ class Index:
     Args:
         digest: digest of the table and of the settings that decide how it is read, except `data.on_missing`.
         content: the rows as JSON lines. rewritten: whether `content` was converted from another format.
-        places_S2: first byte and end of each row in `content`.
+        byte_ranges_S2: first byte and end of each row in `content`.
         lines_S: line number of each row in its file, from 1.
         values: values of the rows, by modality.
         list_S: whether the labels of a row are written as a list.
@@ -100,9 +100,9 @@ class Index:
     digest: str
     content: bytes
     rewritten: bool
-    places_S2: Array
+    byte_ranges_S2: Array
     lines_S: Array
-    values: dict[str, InRows | InFiles]
+    values: dict[str, InlineValues | FileValues]
     labels: Labels
     list_S: Array
     ids: list[str]
@@ -111,9 +111,9 @@ class Index:
     fresh: bool = False
 
     @property
-    def files(self) -> dict[str, InFiles]:
+    def files(self) -> dict[str, FileValues]:
         """The modalities whose values are files."""
-        return {name: values for name, values in self.values.items() if isinstance(values, InFiles)}
+        return {name: values for name, values in self.values.items() if isinstance(values, FileValues)}
 
     def place(self, row: int) -> str:
         """Format file and line of a row, for messages."""

@@ -21,7 +21,7 @@ from mopefuse.core.error_codes import DataCode
 from mopefuse.data import index_cache
 from mopefuse.data.base import SPLITS, Problem, digest
 from mopefuse.data.columns import Layout
-from mopefuse.data.index import Index, InFiles, InRows
+from mopefuse.data.index import FileValues, Index, InlineValues
 from mopefuse.data.labels import LabelsBuilder
 from mopefuse.data.rows import InvalidRow, RowSkipped, ValidRow, add_missing_hints, check_row
 from mopefuse.data.tables import Table, TableRow, split_named
@@ -57,7 +57,7 @@ def build(
     index_digest = cache.make_key(
         VERSION, table.digest, split, table.file, *Layout.from_config(modalities, config).describe(), *settings
     )
-    key = index_cache.key_of(index_digest, roots, config)
+    key = index_cache.make_key(index_digest, roots, config)
     index = None if fresh else index_cache.load(key, table)
     if index is None:
         index = read_rows(table, split, modalities, config, index_digest)
@@ -158,7 +158,7 @@ class _IndexBuilder:
             digest=digest,
             content=bytes(self.rewritten) if self.table.content is None else self.table.content,
             rewritten=is_rewritten,
-            places_S2=np.array(self.places, dtype=np.int64).reshape(-1, 2),
+            byte_ranges_S2=np.array(self.places, dtype=np.int64).reshape(-1, 2),
             lines_S=np.array(self.lines, dtype=np.int64),
             values={name: values.build() for name, values in self.values.items()},
             labels=self.labels.build(),
@@ -187,11 +187,11 @@ class _ValuesBuilder:
         self.keys += _MISSING if value is None else digest(value)
         self.loose_keys += _MISSING if value is None else digest(self.modality.normalise(value))
 
-    def build(self) -> InRows | InFiles:
+    def build(self) -> InlineValues | FileValues:
         """The values of all rows that were added; files have not been checked yet."""
         if self.modality.is_file:
-            return InFiles(np.array(self.numbers, dtype=np.int64), [*self.names], [FileInfo()] * len(self.names))
-        return InRows(np.frombuffer(bytes(self.keys), dtype="S16"), np.frombuffer(bytes(self.loose_keys), dtype="S16"))
+            return FileValues(np.array(self.numbers, dtype=np.int64), [*self.names], [FileInfo()] * len(self.names))
+        return InlineValues(np.frombuffer(bytes(self.keys), dtype="S16"), np.frombuffer(bytes(self.loose_keys), dtype="S16"))
 
 
 def _named_split(found: TableRow, config: DataConfig) -> str | None:

@@ -13,7 +13,7 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core import cache
 from mopefuse.core.artifact import read_json
 from mopefuse.data.base import Problem
-from mopefuse.data.index import Array, Index, InFiles, InRows
+from mopefuse.data.index import Array, FileValues, Index, InlineValues
 from mopefuse.data.labels import Labels
 from mopefuse.data.tables import Table
 from mopefuse.modalities.files import FileInfo
@@ -22,7 +22,7 @@ VERSION = 6  # version of the format
 _LOOK_ARRAYS = ("size", "mtime", "side", "animated", "milliseconds", "digest")
 
 
-def key_of(digest: str, roots: Sequence[Path], config: DataConfig) -> str:
+def make_key(digest: str, roots: Sequence[Path], config: DataConfig) -> str:
     """The key of an index.
 
     Args:
@@ -39,14 +39,14 @@ def save(key: str, index: Index, roots: Sequence[Path]) -> None:
 
 def _write(index: Index, folder: Path) -> None:
     arrays: dict[str, Any] = {
-        "places": index.places_S2,
+        "places": index.byte_ranges_S2,
         "lines": index.lines_S,
         "list": index.list_S,
         "label_starts": index.labels.start_S1,
         "labels": index.labels.code_Z,
     }
     for name, values in index.values.items():
-        found = _arrays(values) if isinstance(values, InFiles) else {"key": values.key_S, "alike": values.loose_key_S}
+        found = _arrays(values) if isinstance(values, FileValues) else {"key": values.key_S, "alike": values.loose_key_S}
         arrays |= {f"{name}.{part}": array for part, array in found.items()}
     np.savez(folder / "rows.npz", **arrays)
     texts = {
@@ -66,7 +66,7 @@ def _write(index: Index, folder: Path) -> None:
         (folder / "rows.jsonl").write_bytes(index.content)
 
 
-def _arrays(files: InFiles) -> dict[str, Array]:
+def _arrays(files: FileValues) -> dict[str, Array]:
     infos = files.infos
     return {
         "number": files.number_S,
@@ -79,7 +79,7 @@ def _arrays(files: InFiles) -> dict[str, Array]:
     }
 
 
-def _files(arrays: dict[str, Array], names: list[str], bad: dict[str, list[str]]) -> InFiles:
+def _files(arrays: dict[str, Array], names: list[str], bad: dict[str, list[str]]) -> FileValues:
     """Rebuild the files of a modality.
 
     Args:
@@ -103,7 +103,7 @@ def _files(arrays: dict[str, Array], names: list[str], bad: dict[str, list[str]]
                 fix=fix,
             )
         )
-    return InFiles(arrays["number"], names, infos)
+    return FileValues(arrays["number"], names, infos)
 
 
 def load(key: str, table: Table) -> Index | None:
@@ -119,20 +119,20 @@ def load(key: str, table: Table) -> Index | None:
     texts = read_json(folder / "index.json")
     with np.load(folder / "rows.npz", allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    values: dict[str, InRows | InFiles] = {}
+    values: dict[str, InlineValues | FileValues] = {}
     for name in texts["modalities"]:
         own = {key.removeprefix(f"{name}."): array for key, array in arrays.items() if key.startswith(f"{name}.")}
         if name in texts["files"]:
             values[name] = _files(own, texts["files"][name], texts["bad_files"][name])
         else:
-            values[name] = InRows(own["key"], own["alike"])
+            values[name] = InlineValues(own["key"], own["alike"])
     return Index(
         split=facts["split"],
         file=table.file,
         digest=facts["digest"],
         content=(folder / "rows.jsonl").read_bytes() if table.content is None else table.content,
         rewritten=table.content is None,
-        places_S2=arrays["places"],
+        byte_ranges_S2=arrays["places"],
         lines_S=arrays["lines"],
         values=values,
         labels=Labels(texts["labels"], arrays["label_starts"], arrays["labels"]),

@@ -15,16 +15,16 @@ from mopefuse.data.split_rows import Parts
 from mopefuse.data.tables import read_bytes
 from mopefuse.errors import DataError, similar_names
 
-_MOST_LISTED = 20
+_MAX_LISTED = 20
 
 
 def known_labels(
-    root: Path, splits: Mapping[str, Split], config: DataConfig, doubts: Sequence[Finding]
+    root: Path, splits: Mapping[str, Split], config: DataConfig, label_warnings: Sequence[Finding]
 ) -> tuple[str, ...]:
     """Find the labels that a model can learn.
 
     Args:
-        doubts: doubts about the labels of the training split; used to suggest a fix for an unknown label.
+        label_warnings: findings about the labels of the training split; used to suggest a fix for an unknown label.
 
     Raises:
         DataError: a split has a label that does not occur in train, there are fewer than two labels, or the labels file
@@ -39,7 +39,7 @@ def known_labels(
     for split in splits.values() if labels else ():
         unknown = Counter({label: count for label, count in split.labels.counts().items() if label not in known})
         if unknown:
-            raise _unknown(unknown, split, labels, doubts)
+            raise _unknown(unknown, split, labels, label_warnings)
     if "train" in splits and len(labels) < 2:
         what = f"{describe_few(labels)}; a classifier needs at least two"
         raise DataError(DataCode.ONE_CLASS, what, where=splits["train"].file, fix="add rows of a second class")
@@ -51,17 +51,17 @@ def describe_few(labels: Sequence[str]) -> str:
     return f"there is only the label {labels[0]!r}" if labels else "there are no labels"
 
 
-def _unknown(unknown: Counter[str], split: Split, labels: Sequence[str], doubts: Sequence[Finding]) -> DataError:
+def _unknown(unknown: Counter[str], split: Split, labels: Sequence[str], label_warnings: Sequence[Finding]) -> DataError:
     """The error for labels that do not occur in train, at the first row that has one."""
     listed = []
-    for label, count in unknown.most_common(_MOST_LISTED):
+    for label, count in unknown.most_common(_MAX_LISTED):
         near = similar_names(label, labels, most=1)
         listed.append(f"{label} ({count}{f'; did you mean {near[0]}?' if near else ''})")
     rest = len(unknown) - len(listed)
     what = f"labels that do not occur in train: {', '.join(listed)}{f', and {rest} more' if rest else ''}"
     first = min(row for label, row in split.labels.first_rows().items() if label in unknown)
     fix = "correct them or, if they are right, list all labels in labels.txt or with --labels FILE"
-    fix = next((f"{doubt.hint}; otherwise {fix}" for doubt in doubts if doubt.kind == "joined-labels"), fix)
+    fix = next((f"{warning.hint}; otherwise {fix}" for warning in label_warnings if warning.kind == "joined-labels"), fix)
     return DataError(DataCode.UNKNOWN_LABEL, what, where=split.where(split.rows[first]), fix=fix)
 
 

@@ -17,7 +17,7 @@ _ITEMS = re.compile(rf"{_ITEM}(?:(?:\s*,\s*|\s+){_ITEM})*\s*,?", re.DOTALL)  # n
 _ONE_ITEM = re.compile(_ITEM, re.DOTALL)
 _NESTED = re.compile(r"[\[\](){}\"']")
 _BLANK = frozenset(("Zs", "Zl", "Zp", "Cc", "Cf"))  # Unicode categories
-_LONGEST = 100_000  # characters of a cell that is parsed
+_MAX_LENGTH = 100_000  # characters of a cell that is parsed
 
 
 def split_cell(cell: str, separator: str) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ def parse_list(text: str) -> list[str] | None:
     A single word in brackets, such as ``[other]`` or ``(1)``, is not a list.
     """
     text = text.strip()
-    if len(text) > _LONGEST or text[:1] + text[-1:] not in ("[]", "()", "{}"):
+    if len(text) > _MAX_LENGTH or text[:1] + text[-1:] not in ("[]", "()", "{}"):
         return None
     inner, square = text[1:-1].strip(), text[0] == "["
     if not inner:

@@ -22,7 +22,7 @@ from mopefuse.data.label_cells import normalise, parse_list
 from mopefuse.errors import DataError
 
 _FEW = 10  # number of classes that is always accepted
-_MOST_NOTICES = 8
+_MAX_NOTICES = 8
 _ROWS_PER_CLASS = 3  # on average; fewer are a mistake
 _SEPARATORS = "|;,/"
 _NUMBER = re.compile(r"[$€£¥]?\s*[-+]?(?:\d+|\d{1,3}(?:[, ]\d{3})+)(?:[.,]\d+)?(?:[eE][-+]?\d+)?\s*[%$€£¥]?")
@@ -30,12 +30,12 @@ _CODES, _AMOUNTS = 20, 10  # numbers of distinct integers, and of other numbers,
 _LEADING_ZERO = re.compile(r"0\d+")  # found in codes, not in quantities
 _YEARS = 1500, 2100
 _ANCHORS = 20_000  # number of frequent labels that rare ones are compared with
-_SHORTEST, _LONGEST = 4, 100  # length in characters of labels that are compared
+_MIN_LENGTH, _MAX_LENGTH = 4, 100  # length in characters of labels that are compared
 _COLUMN = "specify the label column with --label-col"
 _INTENDED = "if they are correct, add --allow-odd-labels or list them in labels.txt"
 
 
-class Doubt(NamedTuple):
+class SuspiciousLabels(NamedTuple):
     """Why labels are probably a mistake, and what to do.
 
     Args:
@@ -54,36 +54,36 @@ REFUSED = {"list-label": DataCode.LIST_LABELS.text, "many-labels": DataCode.TOO_
 """The kinds that training refuses unless `data.allow_odd_labels` is set, with their error codes."""
 
 
-def check_labels(index: Index, root: Path, config: DataConfig) -> list[Finding]:
+def locate_suspicious_labels(index: Index, root: Path, config: DataConfig) -> list[Finding]:
     """Find doubtful labels of the training split; each finding is at the first row that has its example."""
     if config.labels or (root / "labels.txt").exists():
         return []
     counts = index.labels.counts()
-    found = find_doubts(counts, len(index.labels))
+    found = find_suspicious_labels(counts, len(index.labels))
     if config.allow_odd_labels:
-        found = [doubt for doubt in found if doubt.kind not in REFUSED]
+        found = [issue for issue in found if issue.kind not in REFUSED]
     first = index.labels.first_rows() if found else {}
     return [
         finding_at(
             index,
-            first[doubt.label],
-            doubt.kind,
-            doubt.message,
-            hint=doubt.fix,
-            code=REFUSED.get(doubt.kind, ""),
-            rows=doubt.rows,
+            first[issue.label],
+            issue.kind,
+            issue.message,
+            hint=issue.fix,
+            code=REFUSED.get(issue.kind, ""),
+            rows=issue.rows,
         )
-        for doubt in found
+        for issue in found
     ]
 
 
-def refuse_labels(index: Index, root: Path, config: DataConfig) -> list[Finding]:
+def check_labels(index: Index, root: Path, config: DataConfig) -> list[Finding]:
     """Find doubtful labels of the training split that training accepts.
 
     Raises:
         DataError: the labels are certainly a mistake, and `data.allow_odd_labels` is not set.
     """
-    found = check_labels(index, root, config)
+    found = locate_suspicious_labels(index, root, config)
     for finding in found:
         if finding.kind == "list-label":
             raise DataError(DataCode.LIST_LABELS, finding.message, where=finding.place, fix=finding.hint)
@@ -94,13 +94,13 @@ def refuse_labels(index: Index, root: Path, config: DataConfig) -> list[Finding]
 
 def notices(found: list[Finding]) -> tuple[str, ...]:
     """Format findings as notices, for training."""
-    shown = [f"labels: {finding.message}, first in {finding.where}: {finding.hint}" for finding in found[:_MOST_NOTICES]]
+    shown = [f"labels: {finding.message}, first in {finding.where}: {finding.hint}" for finding in found[:_MAX_NOTICES]]
     more = len(found) - len(shown)
     rest = f"labels: {several(more, 'more warning', 'more warnings')}; mopefuse data check lists all"
     return (*shown, rest) if more else tuple(shown)
 
 
-def find_doubts(counts: Mapping[str, int], rows: int) -> list[Doubt]:
+def find_suspicious_labels(counts: Mapping[str, int], rows: int) -> list[SuspiciousLabels]:
     """Find doubtful labels.
 
     Args:
@@ -124,7 +124,7 @@ def _most_frequent(labels: Iterable[str], counts: Mapping[str, int]) -> str:
     return min(labels, key=lambda label: (-counts[label], label))
 
 
-def _lists(counts: Mapping[str, int]) -> list[Doubt]:
+def _lists(counts: Mapping[str, int]) -> list[SuspiciousLabels]:
     """Labels that look like a list and are read as one label."""
     lists = [label for label in counts if label[0] in "[({" and parse_list(label) is not None]
     if not lists:
@@ -132,10 +132,10 @@ def _lists(counts: Mapping[str, int]) -> list[Doubt]:
     rows, first = sum(counts[label] for label in lists), _most_frequent(lists, counts)
     what = f"{several(rows, 'label is', 'labels are')} written as a list, such as {_quote(first)}, and read as one class"
     fix = f"read lists with --label-sep list; {_INTENDED}"
-    return [Doubt(kind="list-label", message=what, fix=fix, label=first, rows=rows)]
+    return [SuspiciousLabels(kind="list-label", message=what, fix=fix, label=first, rows=rows)]
 
 
-def _joined(counts: Mapping[str, int]) -> Iterator[Doubt]:
+def _joined(counts: Mapping[str, int]) -> Iterator[SuspiciousLabels]:
     """Labels that consist of several, joined by a separator: their parts recur in other labels, or most labels have it."""
     for separator in _SEPARATORS:
         joined = {label: parts for label in counts if len(parts := _parts(label, separator)) > 1}
@@ -149,7 +149,7 @@ def _joined(counts: Mapping[str, int]) -> Iterator[Doubt]:
             rows, first = sum(counts[label] for label in joined), _most_frequent(joined, counts)
             what = f"{len(joined):,} of {len(counts):,} labels are joined with {separator!r}, such as {_quote(first)}"
             fix = f'if they are several labels, add --label-sep "{separator}"'
-            yield Doubt(kind="joined-labels", message=what, fix=fix, label=first, rows=rows)
+            yield SuspiciousLabels(kind="joined-labels", message=what, fix=fix, label=first, rows=rows)
             return
 
 
@@ -157,7 +157,7 @@ def _parts(label: str, separator: str) -> set[str]:
     return {part.strip() for part in label.split(separator)} - {""} if separator in label else set()
 
 
-def _amounts(counts: Mapping[str, int]) -> Iterator[Doubt]:
+def _amounts(counts: Mapping[str, int]) -> Iterator[SuspiciousLabels]:
     """Numbers that are not codes, years or ratings: with fractions, or far apart."""
     numbers = [value for label in counts if (value := _number(label)) is not None]
     if len(numbers) < 0.95 * len(counts) or len(numbers) <= _AMOUNTS or any(map(_LEADING_ZERO.fullmatch, counts)):
@@ -174,7 +174,7 @@ def _amounts(counts: Mapping[str, int]) -> Iterator[Doubt]:
         f"labels are numbers, such as {_quote(first)}, and each of the {len(counts):,} distinct values becomes a separate class"
     )
     fix, rows = f"if they are quantities, {_COLUMN}", sum(counts.values())
-    yield Doubt(kind="numeric-labels", message=what, fix=fix, label=first, rows=rows)
+    yield SuspiciousLabels(kind="numeric-labels", message=what, fix=fix, label=first, rows=rows)
 
 
 def _number(label: str) -> float | None:
@@ -186,7 +186,7 @@ def _number(label: str) -> float | None:
     return value if abs(value) < 1e300 else None
 
 
-def _many(counts: Mapping[str, int], rows: int, causes: Iterable[Doubt]) -> Iterator[Doubt]:
+def _many(counts: Mapping[str, int], rows: int, causes: Iterable[SuspiciousLabels]) -> Iterator[SuspiciousLabels]:
     """More classes than a third of the rows; if rows have several labels, than a third of all their labels."""
     total = sum(counts.values())
     if len(counts) <= _FEW or _ROWS_PER_CLASS * len(counts) <= total:
@@ -195,10 +195,10 @@ def _many(counts: Mapping[str, int], rows: int, causes: Iterable[Doubt]) -> Iter
     times = f", used {total:,} times in all" if total > rows else ""
     what = f"{len(counts):,} distinct labels in {rows:,} training rows{times}, such as {_quote(first)}: more than a third"
     fix = next((cause.fix for cause in causes), _COLUMN)
-    yield Doubt(kind="many-labels", message=what, fix=f"{fix}; {_INTENDED}", label=first, rows=rows)
+    yield SuspiciousLabels(kind="many-labels", message=what, fix=f"{fix}; {_INTENDED}", label=first, rows=rows)
 
 
-def _variants(counts: Mapping[str, int]) -> Iterator[Doubt]:
+def _variants(counts: Mapping[str, int]) -> Iterator[SuspiciousLabels]:
     """Labels that differ only in case, spaces or Unicode form."""
     variants: defaultdict[str, list[str]] = defaultdict(list)
     for label in counts:
@@ -210,10 +210,10 @@ def _variants(counts: Mapping[str, int]) -> Iterator[Doubt]:
             what = f"{shown} differ only in case, spaces or Unicode form, and are {len(labels)} classes"
             fix = f"merge them with --fold-labels, or write all as {_quote(labels[0].strip())}"
             rows = sum(counts[label] for label in labels[1:])
-            yield Doubt(kind="label-variants", message=what, fix=fix, label=labels[-1], rows=rows)
+            yield SuspiciousLabels(kind="label-variants", message=what, fix=fix, label=labels[-1], rows=rows)
 
 
-def _misspelt(counts: Mapping[str, int]) -> Iterator[Doubt]:
+def _misspelt(counts: Mapping[str, int]) -> Iterator[SuspiciousLabels]:
     """Rare labels that are one edit away from a frequent one.
 
     Two texts that are one edit apart share a text that is each of them with at most one character removed.
@@ -227,11 +227,11 @@ def _misspelt(counts: Mapping[str, int]) -> Iterator[Doubt]:
             spelling[key] = label
     anchors: defaultdict[str, list[str]] = defaultdict(list)
     for key, count in islice(rows.most_common(), _ANCHORS):
-        if count >= 5 and _SHORTEST <= len(key) <= _LONGEST:
+        if count >= 5 and _MIN_LENGTH <= len(key) <= _MAX_LENGTH:
             for shorter in _deletions(key):
                 anchors[shorter].append(key)
     for key, count in rows.items() if anchors else ():
-        if not _SHORTEST <= len(key) <= _LONGEST:
+        if not _MIN_LENGTH <= len(key) <= _MAX_LENGTH:
             continue
         near = {other for shorter in _deletions(key) for other in anchors.get(shorter, ())}
         similar = [other for other in near if _is_rare(count, rows[other]) and _one_edit(key, other)]
@@ -240,7 +240,7 @@ def _misspelt(counts: Mapping[str, int]) -> Iterator[Doubt]:
             beside = f"{_quote(spelling[other])} ({rows[other]:,} rows)"
             what = f"{_quote(spelling[key])} ({several(count, 'row')}) is similar to {beside}"
             fix = "correct the label if it is misspelt"
-            yield Doubt(kind="misspelt-label", message=what, fix=fix, label=spelling[key], rows=count)
+            yield SuspiciousLabels(kind="misspelt-label", message=what, fix=fix, label=spelling[key], rows=count)
 
 
 def _is_rare(count: int, beside: int) -> bool:
@@ -264,10 +264,10 @@ def _one_edit(one: str, other: str) -> bool:
     return max(len(one), len(other)) == 1 or (len(one) == 2 and one == other[::-1])
 
 
-def _rare(counts: Mapping[str, int]) -> Iterator[Doubt]:
+def _rare(counts: Mapping[str, int]) -> Iterator[SuspiciousLabels]:
     """Classes of which most have a single row."""
     single = [label for label, count in counts.items() if count == 1]
     if len(counts) > _FEW and 2 * len(single) > len(counts):
         what = f"{len(single):,} of {len(counts):,} labels have a single training row, such as {_quote(min(single))}"
         fix = f"merge or remove rare classes, or {_COLUMN}"
-        yield Doubt(kind="rare-labels", message=what, fix=fix, label=min(single), rows=len(single))
+        yield SuspiciousLabels(kind="rare-labels", message=what, fix=fix, label=min(single), rows=len(single))

@@ -48,24 +48,25 @@ def load_data(
     if config.path is None:
         raise ConfigError(ConfigCode.NO_DATA_SET, "no data set was given", where="data.path", fix="add --data DIR")
     path = Path(config.path)
-    roots = roots_of(path, config)
+    roots = get_roots(path, config)
     indexes = read_indexes(config, require, advance=advance)
     skipped = {name: skip_bad_rows(index, roots, config) for name, index in indexes.items()}
-    doubts = label_check.refuse_labels(indexes["train"], roots[0], config) if "train" in require and "train" in indexes else []
+    training = "train" in require and "train" in indexes
+    label_warnings = label_check.check_labels(indexes["train"], roots[0], config) if training else []
     parts = divide_rows(indexes, path, config, require)
     splits = {name: _split(name, index, rows, skipped.get(name, ()), config) for name, (index, rows) in parts.items()}
     multi_label = is_multi_label(parts)
     return DataSet(
         root=roots[0],
         splits=splits,
-        labels=known_labels(roots[0], splits, config, doubts),
+        labels=known_labels(roots[0], splits, config, label_warnings),
         multi_label=multi_label,
         image_roots=roots,
-        notices=(*_notices(splits, indexes, config), *label_check.notices(doubts)),
+        notices=(*_notices(splits, indexes, config), *label_check.notices(label_warnings)),
     )
 
 
-def roots_of(path: Path, config: DataConfig) -> tuple[Path, ...]:
+def get_roots(path: Path, config: DataConfig) -> tuple[Path, ...]:
     """The folders that may contain images and other files: that of the data first."""
     return (path.parent if path.is_file() else path, *map(Path, config.image_roots))
 
@@ -83,7 +84,7 @@ def read_indexes(
     """
     path = Path(config.path or "")
     tables = find_tables(path, config)
-    roots = roots_of(path, config)
+    roots = get_roots(path, config)
     modalities = modalities_of(tables.values(), config)
     if "" in tables:
         notice_splits(tables, config)
@@ -119,7 +120,7 @@ def _split(name: str, index: Index, rows: Numbers, skipped: tuple[Problem, ...],
     layout = Layout.from_config([*keys], config)
     content = Rows(
         content=index.content,
-        places_S2=index.places_S2[rows],
+        byte_ranges_S2=index.byte_ranges_S2[rows],
         lines_S=index.lines_S[rows],
         labels=labels,
         split=index.split,
@@ -139,7 +140,7 @@ def _split(name: str, index: Index, rows: Numbers, skipped: tuple[Problem, ...],
 
 def _fingerprint(name: str, index: Index, rows: Numbers, skipped: Sequence[Problem]) -> str:
     """Digest everything in a split: rows, contents of files, missing values, and what was skipped."""
-    problems = [f"{problem.code} {problem}" for problem in skipped]  # so the wording of problems is part of the fingerprint
+    problems = [f"{problem.code} {problem.where} {problem.file}" for problem in skipped]
     files = [values.keys()[rows].tobytes().hex() for values in index.files.values()]
     missing = {modality: values.is_missing()[rows] for modality, values in index.values.items()}
     lacking = [f"{modality} {missing_S.tobytes().hex()}" for modality, missing_S in missing.items() if missing_S.any()]

@@ -26,14 +26,14 @@ class Option:
         default: determines the type, which is text, a whole number or a truth value; text if it is None.
         help: one sentence.
         choices: the only texts that are allowed; empty if any is.
-        least: the smallest number that is allowed on the command line.
+        minimum: the smallest number that is allowed on the command line.
     """
 
     name: str
     default: str | int | bool | None
     help: str
     choices: tuple[str, ...] = ()
-    least: int | None = None
+    minimum: int | None = None
 
     @property
     def kind(self) -> type[str] | type[int] | type[bool]:

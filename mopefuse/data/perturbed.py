@@ -16,7 +16,7 @@ from mopefuse.data.base import Row
 from mopefuse.data.collate import FeatureTable, Samples, TokenSource, blank_input, derive_seed
 
 
-def derangement(count: int, seed: int) -> Tensor:
+def draw_derangement(count: int, seed: int) -> Tensor:
     """Draw a permutation (S,) that moves every sample, uniformly among those of one cycle; a single sample stays.
 
     Sattolo's algorithm: Information Processing Letters 22 (1986), 315.

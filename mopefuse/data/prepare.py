@@ -21,7 +21,7 @@ from mopefuse.core.atomic_files import remove_leftovers, sync
 from mopefuse.core.error_codes import DataCode
 from mopefuse.core.regular_files import read_regular
 from mopefuse.data._source import Sample, Skip, Source, is_file_name
-from mopefuse.data._source_files import SourceFolder, place_images, summarise_files, sums_file
+from mopefuse.data._source_files import SourceFolder, format_checksums, import_images, summarise_files
 from mopefuse.data.options import Option, with_options
 from mopefuse.data.subsets import hold_out
 from mopefuse.errors import DataError
@@ -120,12 +120,12 @@ class _Build:
         if "val" not in reader.splits:
             self._hold_out()
         found = {name: path for name, path in self.images.items() if path is not None}
-        placed = place_images(found, self.root, link=link, advance=lambda done: self.advance("images", done, len(found)))
+        placed = import_images(found, self.root, link=link, advance=lambda done: self.advance("images", done, len(found)))
         if placed.linked < len(found):
             os.sync()
         if reader.labels:
             (self.root / "labels.txt").write_text("".join(f"{label}\n" for label in reader.labels), encoding="utf-8")
-        sums = sums_file(reader.folder.sums | placed.sums)
+        sums = format_checksums(reader.folder.sums | placed.sums)
         (self.root / SUMS).write_text(sums, encoding="utf-8", errors="surrogateescape", newline="\n")
         tables = sorted(path for path in self.root.iterdir() if path.is_file())
         published = {group: {"rows": rows, "by": author} for group, (rows, author) in reader.published.items()}

@@ -17,7 +17,7 @@ from mopefuse.core import distributed
 from mopefuse.data.base import DataSet
 from mopefuse.data.collate import Samples
 from mopefuse.data.feature_cache import Computation, Numbers, describe_origin
-from mopefuse.data.feature_shards import FeatureStore, Found, Shard, Values
+from mopefuse.data.feature_shards import FeatureStore, Lookup, Shard, Values
 from mopefuse.encoders.base import Encoder, Inputs
 from mopefuse.errors import NumericError
 
@@ -32,7 +32,7 @@ class RaggedTable:
         different: number of distinct values. size: their size in bytes. origin: where they come from, for messages.
     """
 
-    def __init__(self, shards: Sequence[Shard], found_S: Found, *, different: int, size: int, origin: str) -> None:
+    def __init__(self, shards: Sequence[Shard], found_S: Lookup, *, different: int, size: int, origin: str) -> None:
         self._shards, self._shard_S, self._number_S = shards, found_S.shard_U, found_S.row_U
         self.different, self.size, self.origin = different, size, origin
 
@@ -82,7 +82,7 @@ def collect(computation: Computation, kind: type[Table]) -> Table | None:
     return kind(shards, found_S, different=len(known_U), size=size, origin=origin)
 
 
-def _size(store: FeatureStore, found_S: Found, index_U: Numbers) -> list[int]:
+def _size(store: FeatureStore, found_S: Lookup, index_U: Numbers) -> list[int]:
     """Bytes of the tokens of some samples in each shard."""
     sizes = []
     for number, shard in enumerate(store.shards):

@@ -59,7 +59,7 @@ def check_row(row: Mapping[str, Any], line: int, split: str, layout: Layout) -> 
     labels, is_list = _labels(row[layout.label], layout.label, layout.separator)
     if layout.fold_labels:
         labels = tuple(dict.fromkeys(map(normalise, labels)))
-    _refuse_half_characters(identity, values, layout)
+    _reject_lone_surrogates(identity, values, layout)
     if _SURROGATE.search("".join(labels)):
         raise InvalidRow(_half_character_message(layout.label))
     _leave_out(values, layout)
@@ -77,7 +77,7 @@ def check_input(row: Mapping[str, Any], line: int, layout: Layout) -> tuple[str,
     """
     values = _values(row, layout, label=False)
     identity = _identity(row, layout.identity, str(line))
-    _refuse_half_characters(identity, values, layout)
+    _reject_lone_surrogates(identity, values, layout)
     return identity, values
 
 
@@ -123,7 +123,7 @@ def _identity(row: Mapping[str, Any], column: str, default: str) -> str:
     return str(identity)
 
 
-def _refuse_half_characters(identity: str, values: Mapping[str, str | None], layout: Layout) -> None:
+def _reject_lone_surrogates(identity: str, values: Mapping[str, str | None], layout: Layout) -> None:
     """Refuse lone surrogates in ids and file names; a text may contain them."""
     if _SURROGATE.search(identity):
         raise InvalidRow(_half_character_message(layout.identity))
@@ -165,7 +165,7 @@ def add_missing_hints(problems: Sequence[Problem], layout: Layout) -> list[Probl
 
 
 def _suggestions(missing: Sequence[str], no_label: bool, row: Mapping[str, Any], layout: Layout) -> str:
-    hints = layout.hints(missing, no_label, row)
+    hints = layout.suggest_flags(missing, no_label, row)
     return f"; did you mean {' '.join(hints)}?" if hints else ""
 
 
@@ -178,19 +178,19 @@ class Rows(Sequence[Row]):
     """Rows that are parsed when they are accessed, so that half a million of them take little memory.
 
     Args:
-        content: JSON lines. places_S2: first byte and end of each row in it. lines_S: line numbers, from 1.
+        content: JSON lines. byte_ranges_S2: first byte and end of each row in it. lines_S: line numbers, from 1.
         labels: labels of each row.
     """
 
     content: bytes
-    places_S2: NDArray[np.int64]
+    byte_ranges_S2: NDArray[np.int64]
     lines_S: NDArray[np.int64]
     labels: Sequence[tuple[str, ...]]
     split: str
     layout: Layout
 
     def __len__(self) -> int:
-        return len(self.places_S2)
+        return len(self.byte_ranges_S2)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -201,7 +201,7 @@ class Rows(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        start, stop = self.places_S2[index]
+        start, stop = self.byte_ranges_S2[index]
         row, line = json.loads(self.content[start:stop]), int(self.lines_S[index])
         identity = str(row.get(self.layout.identity, f"{self.split}-{line}"))
         values = {name: self.layout.value_of(name, row) for name in self.layout.columns}

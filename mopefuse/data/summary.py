@@ -20,7 +20,7 @@ from mopefuse.data.index import Index
 from mopefuse.data.rows import Rows
 from mopefuse.modalities.base import get_modality
 
-MOST_TEXTS = 20_000  # maximum number of texts whose length is measured
+MAX_TEXTS = 20_000  # maximum number of texts whose length is measured
 TOKENS_PER_WORD = 1.3  # an estimate, for English and subword vocabularies
 LIMITS = (77, 512)  # tokens that CLIP and BERT read
 REPLACED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
@@ -94,7 +94,7 @@ def read_texts(
     """
     total = _count_texts(indexes)
     texts = Texts(total, encoder=tokens.encoder if tokens else "", limit=tokens.limit if tokens else 0)
-    measured = set(np.linspace(0, total - 1, min(total, MOST_TEXTS)).astype(int).tolist())
+    measured = set(np.linspace(0, total - 1, min(total, MAX_TEXTS)).astype(int).tolist())
     found: list[Finding] = []
     batch: list[str] = []
     for number, (index, row, text) in enumerate(_iterate_texts(indexes, config)):
@@ -133,7 +133,7 @@ def rows_of(index: Index, config: DataConfig) -> Rows:
     """All rows of an index, including those whose file is bad."""
     return Rows(
         content=index.content,
-        places_S2=index.places_S2,
+        byte_ranges_S2=index.byte_ranges_S2,
         lines_S=index.lines_S,
         labels=index.labels,
         split=index.split,
@@ -168,7 +168,7 @@ def describe_split(index: Index, bad_rows: int) -> dict[str, Any]:
     }
 
 
-def balance(indexes: Mapping[str, Index], labels: tuple[str, ...]) -> dict[str, dict[str, int]]:
+def count_labels(indexes: Mapping[str, Index], labels: tuple[str, ...]) -> dict[str, dict[str, int]]:
     """Count the rows of each label in each split, labels most frequent in training first; includes labels without rows."""
     counts = {split: Counter(index.labels.counts()) for split, index in indexes.items()}
     every_label = dict.fromkeys([*labels, *(label for count in counts.values() for label in count)])
@@ -176,7 +176,7 @@ def balance(indexes: Mapping[str, Index], labels: tuple[str, ...]) -> dict[str, 
     return dict(sorted(rows_of_label.items(), key=lambda item: (-item[1].get("train", 0), -sum(item[1].values()), item[0])))
 
 
-def extremes(counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+def find_extremes(counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     """The most frequent and the rarest label of the first split, and the ratio of their frequencies."""
     split = next((name for count in counts.values() for name in count), "")
     ranked = sorted(((count[split], label) for label, count in counts.items() if count.get(split)), reverse=True)

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from mopefuse.encoders._hf_source import Source
     from mopefuse.encoders.attention import attend, split_heads
     from mopefuse.encoders.base import (
-        Encoded,
         Encoder,
+        EncoderOutput,
         Inputs,
-        Insert,
+        InsertedTokens,
         Modulation,
         Preprocess,
         Prompt,
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BuiltIn",
-    "Encoded",
     "Encoder",
+    "EncoderOutput",
     "Family",
     "ImagePreprocess",
     "Inputs",
-    "Insert",
+    "InsertedTokens",
     "Modulation",
     "Prefix",
     "Preprocess",

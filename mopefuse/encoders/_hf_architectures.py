@@ -23,8 +23,8 @@ class Family:
             ``cls+mean`` the first token and the mean side by side.
             ``pooler`` is also available if the model's constructor has an option for it.
         filled: whether texts are padded to the fixed length of pretraining, and padding is attended to.
-        insertable: whether tokens can be inserted before the first layer, which needs bidirectional attention with the same
-            mask in all layers.
+        supports_inserted_tokens: whether tokens can be inserted before the first layer, which needs bidirectional attention
+            with the same mask in all layers.
         statistics: statistics of images, a key of `_hf_images.STATISTICS`, used with random weights only.
         model: class in transformers if `AutoModel` does not know the family.
         part: attribute of the model that is the encoder if it also has a decoder.
@@ -34,7 +34,7 @@ class Family:
     pool: str
     pools: tuple[str, ...]
     filled: bool = False
-    insertable: bool = False
+    supports_inserted_tokens: bool = False
     statistics: str = "half"
     model: str = ""
     part: str = ""
@@ -45,7 +45,8 @@ _IMAGES = ("pooler", "cls", "mean", "cls+mean")
 TEXT, DECODER, IMAGE = Family("text", "cls", _TEXTS), Family("text", "last", _TEXTS), Family("image", "pooler", _IMAGES)
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
-        ("bert", "roberta", "xlm-roberta", "distilbert", "electra"), Family("text", "cls", _TEXTS, insertable=True)
+        ("bert", "roberta", "xlm-roberta", "distilbert", "electra"),
+        Family("text", "cls", _TEXTS, supports_inserted_tokens=True),
     ),
     "clip_text_model": Family("text", "eot", ("eot", "mean")),
     "siglip_text_model": Family("text", "pooler", ("pooler", "mean"), filled=True, model="SiglipTextModel"),

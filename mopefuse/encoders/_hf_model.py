@@ -29,7 +29,7 @@ from mopefuse.encoders._hf_architectures import BUILT_IN, TOWERS, BuiltIn, Famil
 from mopefuse.encoders._hf_attention import ATTENTION, silence_transformers
 from mopefuse.encoders._hf_source import Source
 from mopefuse.encoders._prompted import PromptedEncoder
-from mopefuse.encoders.base import Encoded, Inputs, Preprocess
+from mopefuse.encoders.base import EncoderOutput, Inputs, Preprocess
 from mopefuse.encoders.probe import find_sites
 from mopefuse.errors import CheckpointError, EncoderError
 
@@ -69,7 +69,7 @@ class TransformersEncoder(PromptedEncoder):
         known = self.families.get(config.model_type)
         model = getattr(transformers, known.model) if known and known.model else _model_class(spec, config)
         self._family = family = known or self._other_family(config.model_type, model)
-        self.modality, self.insertable = family.modality, family.insertable
+        self.modality, self.supports_inserted_tokens = family.modality, family.supports_inserted_tokens
         optional = "add_pooling_layer" in inspect.signature(model.__init__).parameters
         pools = (*family.pools, *(["pooler"] if optional and "pooler" not in family.pools else []))
         declared = _hf_text.declared_pool(source.folder, str(spec)) if "pool" not in spec.options else None
@@ -103,9 +103,9 @@ class TransformersEncoder(PromptedEncoder):
         """
         raise unsuitable_model_error(f"{self.spec.scheme}: does not support {kind} models", self.spec, self.families)
 
-    def _probe(self, example: Inputs) -> Encoded:
-        """Find the promptable layers and hook them; if there are none, set `why_not_main`."""
-        encoded: list[Encoded] = []
+    def _probe(self, example: Inputs) -> EncoderOutput:
+        """Find the promptable layers and hook them; if there are none, set `unpromptable_reason`."""
+        encoded: list[EncoderOutput] = []
         self.eval()
         own = self.backbone.config._attn_implementation
         if own == "sdpa":  # else ours would differ from the unmodified model
@@ -119,7 +119,7 @@ class TransformersEncoder(PromptedEncoder):
         if not sites:
             self.backbone.set_attn_implementation(own)  # which also determines the form of masks
             reason = reason if own == "sdpa" else "transformers has no scaled-dot-product attention for it"
-            self.why_not_main = f"cannot be prompted: {reason}; usable as --comp (pooled feature)"
+            self.unpromptable_reason = f"cannot be prompted: {reason}; usable as --comp (pooled feature)"
             return encoded[0]
         parts = [(site.block, site.norm, site.attention) for site in sites]
         slots = self._prompt_blocks(*zip(*parts, strict=True))

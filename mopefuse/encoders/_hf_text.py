@@ -26,7 +26,7 @@ VOCABULARIES = {"tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.
 POOLING_FILES = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json")
 
 
-class Tokenize:
+class TokenizerWrapper:
     """Wraps a transformers tokenizer; pads on the right, despite the tokenizer's own setting, to `length` if it is set."""
 
     def __init__(self, tokenizer: Any, pad_id: int, length: int | None = None) -> None:
@@ -53,10 +53,10 @@ class Tokenize:
         return {"kind": "file", "pad_id": self.pad_id, "cut": self.tokenizer.truncation_side}
 
 
-class HashingTokenize:
-    """Maps words to ids without a vocabulary, see `tokens.Hashing`."""
+class HashingTokenizer:
+    """Maps words to ids without a vocabulary, see `tokens.HashingVocabulary`."""
 
-    def __init__(self, hashing: tokens.Hashing) -> None:
+    def __init__(self, hashing: tokens.HashingVocabulary) -> None:
         self.hashing = hashing
         self.length: int | None = None
 
@@ -74,7 +74,7 @@ def pad_rows(rows: list[list[int]], pad_id: int, length: int | None = None) -> t
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def hashing_for(config: Mapping[str, Any]) -> HashingTokenize:
+def hashing_for(config: Mapping[str, Any]) -> HashingTokenizer:
     """Build the hashing tokenizer for a configuration.
 
     Special ids default to BERT's, or to the last ids of a smaller vocabulary. CLIP pools at the end token, which is the
@@ -85,7 +85,7 @@ def hashing_for(config: Mapping[str, Any]) -> HashingTokenize:
     end = _first(config, ("eos_token_id", "sep_token_id"), 102 if size > 103 else size - 1, size)
     if config.get("model_type") == "clip_text_model" and config.get("eos_token_id") == 2:
         end = size - 1  # configurations written before transformers 4.31: the highest id marks the end
-    return HashingTokenize(tokens.Hashing(size, begin, end, _first(config, ("pad_token_id",), 0, size)))
+    return HashingTokenizer(tokens.HashingVocabulary(size, begin, end, _first(config, ("pad_token_id",), 0, size)))
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...], default: int, size: int) -> int:

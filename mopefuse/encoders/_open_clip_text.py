@@ -36,18 +36,18 @@ def texts(spec: Spec, name: str, config: Mapping[str, Any], length: int, *, trai
     """
     most = _options.max_tokens(spec, length, length)
     if "hf_tokenizer_name" not in config:
-        clip = _ClipTokenize(length)
+        clip = _ClipTokenizer(length)
         return TextPreprocess(clip, most, f"open_clip:{name}", clip.tokenizer.vocab_size, clip.save, length)
     vocabulary = int(config["vocab_size"])
     if not trained:
         hashing = _hf_text.hashing_for({"vocab_size": vocabulary, "eos_token_id": 1})
-        to_length = _ToLength(hashing, length, hashing.hashing.pad_id)
+        to_length = _PaddedTokenizer(hashing, length, hashing.hashing.pad_id)
         return TextPreprocess(to_length, most, "hashing", vocabulary, hashing.save, length)
     repo = config["hf_tokenizer_name"]
     tokenizer = _from_hub(repo, str(spec))
     pad_id = int(tokenizer.pad_token_id or 0)
     clean = get_clean_fn(config.get("tokenizer_kwargs", {}).get("clean", "whitespace"))
-    tokenize = _ToLength(_hf_text.Tokenize(tokenizer, pad_id), length, pad_id, clean)
+    tokenize = _PaddedTokenizer(_hf_text.TokenizerWrapper(tokenizer, pad_id), length, pad_id, clean)
     return TextPreprocess(tokenize, most, repo, vocabulary, None, length)  # cannot be saved: open_clip cleans the texts
 
 
@@ -62,7 +62,7 @@ def find_unsupported_setting(config: Mapping[str, Any]) -> str:
     return ""
 
 
-class _ClipTokenize:
+class _ClipTokenizer:
     """Wraps open_clip's own tokenizer. Ids are padded to the context length; the mask ends after the end-of-text token."""
 
     def __init__(self, context_length: int) -> None:
@@ -92,7 +92,7 @@ class _ClipTokenize:
         return {"kind": "file", "pad_id": 0, "cut": "right", "end_id": end[1], "clean": "clip"}
 
 
-class _ToLength:
+class _PaddedTokenizer:
     """Wraps another tokenizer: cleans texts and pads rows to a fixed length. The mask ends where the text does."""
 
     def __init__(

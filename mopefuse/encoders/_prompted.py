@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from mopefuse.core.registry import Spec
 from mopefuse.encoders._recompute import run_block
-from mopefuse.encoders.attention import Insert, Modulation, Prompt
-from mopefuse.encoders.base import Call, Encoded, Encoder, Inputs
+from mopefuse.encoders.attention import InsertedTokens, Modulation, Prompt
+from mopefuse.encoders.base import Call, Encoder, EncoderOutput, Inputs
 from mopefuse.encoders.probe import Site
 
 
@@ -41,7 +41,7 @@ class Slot:
         self.outputs: int | None = None  # length of the tuple that the block returns, 0 for a tensor; unknown before it ran
 
     @property
-    def insert(self) -> Insert | None:
+    def insert(self) -> InsertedTokens | None:
         """Inserted tokens of the current call."""
         return self.encoder._call.insert
 
@@ -85,10 +85,10 @@ class PromptedEncoder(Encoder):
         self._slots: list[Slot] = []  # slots of each layer
 
     @abstractmethod
-    def _run(self, inputs: Inputs) -> Encoded:
+    def _run(self, inputs: Inputs) -> EncoderOutput:
         """Run the library's forward pass. For texts it must first set ``self._call.mask_BL``."""
 
-    def _encode(self, inputs: Inputs) -> Encoded:
+    def _encode(self, inputs: Inputs) -> EncoderOutput:
         encoded, call = self._run(inputs), self._call
         unused = sorted({*call.pending, *call.modulations})
         assert not unused, f"{self.spec}: the attention of blocks {unused} did not use its prompt"
@@ -105,7 +105,7 @@ class PromptedEncoder(Encoder):
             attentions: the module of each block whose input becomes queries, keys and values, to be hooked for modulation;
                 empty if the family's own code applies it.
         """
-        if self.insertable:
+        if self.supports_inserted_tokens:
             blocks[0].register_forward_pre_hook(_PrependHook(self), with_kwargs=True)
             blocks[-1].register_forward_hook(_RemoveHook(self))
         by_block: dict[nn.Module, Slot] = {}
@@ -200,7 +200,7 @@ class _BlockForward:
         return type(self.slot.block).forward(self.slot.block, *args, **kwargs)
 
     def _run_in_call(
-        self, state: tuple[Prompt | None, Modulation | None, Insert | None], *args: Any, **kwargs: Any
+        self, state: tuple[Prompt | None, Modulation | None, InsertedTokens | None], *args: Any, **kwargs: Any
     ) -> Any:
         """Restore the state of the call, which has ended when the backward pass recomputes the block, in any thread."""
         prompt, modulation, insert = state

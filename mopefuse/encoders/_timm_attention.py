@@ -29,13 +29,13 @@ from mopefuse.core.precision import to_float32
 from mopefuse.encoders import _lora
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders._window_attention import attend_in_windows
-from mopefuse.encoders.attention import Insert, Prompt, attend, attend_prompts, split_fused, split_heads, view_parts
+from mopefuse.encoders.attention import InsertedTokens, Prompt, attend, attend_prompts, split_fused, split_heads, view_parts
 
 
 def prompt_model(encoder: PromptedEncoder, model: Any) -> None:
     """Make the blocks of a timm model within `encoder` promptable, and set the encoder's attributes accordingly."""
-    blocks, encoder.why_not_main = _promptable(model)
-    encoder.insertable = bool(blocks) and isinstance(model, VisionTransformer)
+    blocks, encoder.unpromptable_reason = _promptable(model)
+    encoder.supports_inserted_tokens = bool(blocks) and isinstance(model, VisionTransformer)
     kinds = [_KINDS[type(block), type(block.attn)] for block in blocks]
     norms = [getattr(block, kind.norm) if kind.norm else None for block, kind in zip(blocks, kinds, strict=True)]
     slots = encoder._prompt_blocks(blocks, norms, [block.attn for block in blocks])
@@ -80,7 +80,7 @@ def _promptable(model: Any) -> tuple[list[Any], str]:
 def _vit(self: Any, x_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`timm.layers.Attention.forward` with the prompt in the slot, and with blind inserted tokens."""
     prompt: Prompt | None = self.prompt_slot.pop()
-    insert: Insert | None = self.prompt_slot.insert
+    insert: InsertedTokens | None = self.prompt_slot.insert
     mask = None if insert is None else insert.attention_mask(None, x_BLD.shape[1])
     if prompt is None and mask is None:
         out: Tensor = Attention.forward(self, x_BLD, *args, **kwargs)

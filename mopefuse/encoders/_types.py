@@ -11,14 +11,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mopefuse.encoders.attention import Insert, Modulation, Prompt
+from mopefuse.encoders.attention import InsertedTokens, Modulation, Prompt
 
 Inputs = dict[str, Tensor]
 PromptAt = Callable[[int, Tensor, "Tensor | None"], "Prompt | None"]
 """Maps a layer index, the layer's input tokens (B, L, D) and their mask (B, L) to the layer's prompt."""
 
 
-class Encoded(NamedTuple):
+class EncoderOutput(NamedTuple):
     """Output of an encoder."""
 
     pooled_BC: Tensor  # pooled by the encoder's own method: [CLS], mean, EOT, ...
@@ -64,7 +64,7 @@ class Call:
     """
 
     def __init__(
-        self, prompt_at: PromptAt | None = None, insert: Insert | None = None, start: Prefix | None = None
+        self, prompt_at: PromptAt | None = None, insert: InsertedTokens | None = None, start: Prefix | None = None
     ) -> None:
         self.prompt_at, self.insert, self.start = prompt_at, insert, start
         self.skip = False

@@ -64,7 +64,7 @@ class Prompt(NamedTuple):
         return x_NLD if self.modulation is None else self.modulation(x_NLD)
 
 
-class Insert(NamedTuple):
+class InsertedTokens(NamedTuple):
     """Tokens that precede an encoder's own through all layers and are dropped from the output.
 
     Attributes:

@@ -28,17 +28,17 @@ from mopefuse.core.threads import PerThread
 from mopefuse.encoders import _lora
 from mopefuse.encoders import description as _description
 from mopefuse.encoders._fingerprint import fingerprint
-from mopefuse.encoders._types import Call, Encoded, Inputs, Prefix, Preprocess, PromptAt
-from mopefuse.encoders.attention import Insert, Modulation, Prompt
+from mopefuse.encoders._types import Call, EncoderOutput, Inputs, Prefix, Preprocess, PromptAt
+from mopefuse.encoders.attention import InsertedTokens, Modulation, Prompt
 from mopefuse.errors import EncoderError, MopefuseError, PluginError
 from mopefuse.modalities.base import get_modality
 
 __all__ = [
     "Call",
-    "Encoded",
     "Encoder",
+    "EncoderOutput",
     "Inputs",
-    "Insert",
+    "InsertedTokens",
     "Modulation",
     "Prefix",
     "Preprocess",
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 
-class _Reached(Exception):
+class _StopAtLayer(Exception):
     """Ends a forward pass at the layer whose input is wanted."""
 
     def __init__(self, tokens_BLD: Tensor) -> None:
@@ -76,11 +76,11 @@ class Encoder(nn.Module):
     patch_size: int = 16  # side of a patch in pixels; images only, used by the papers' initialisation
     revision: str = ""  # commit of the hub repository from which the weights were loaded
     recompute: bool = False  # whether promptable blocks recompute activations in the backward pass, see `_recompute`
-    insertable: bool = False  # whether its layers support inserted tokens, see `Insert` and `run_layer`
+    supports_inserted_tokens: bool = False  # whether its layers support inserted tokens, see `InsertedTokens` and `run_layer`
     leading_tokens: int | None = None  # tokens ahead of the patches; None if layers depend on the place or number of tokens
     lora_targets: tuple[str, ...] = ()  # names of the submodules that project queries and values
     libraries: tuple[str, ...] = ()  # distributions besides torch and mopefuse that affect its features
-    why_not_main: str = ""  # if there are no promptable layers: the reason, for the error message
+    unpromptable_reason: str = ""  # if there are no promptable layers: the reason, for the error message
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
@@ -97,16 +97,16 @@ class Encoder(nn.Module):
         """
 
     @abstractmethod
-    def _encode(self, inputs: Inputs) -> Encoded:
+    def _encode(self, inputs: Inputs) -> EncoderOutput:
         """Run the forward pass; blocks get their prompts from `_request_prompt`."""
 
     def encode(
         self,
         inputs: Inputs,
         prompt_at: PromptAt | None = None,
-        insert: Insert | None = None,
+        insert: InsertedTokens | None = None,
         start: Prefix | None = None,
-    ) -> Encoded:
+    ) -> EncoderOutput:
         """Encode a batch, with a prompt in every layer for which `prompt_at` returns one.
 
         Args:
@@ -143,11 +143,11 @@ class Encoder(nn.Module):
 
         def stop(at: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> None:
             if at == layer:
-                raise _Reached(tokens_BLD)
+                raise _StopAtLayer(tokens_BLD)
 
         try:
             self.encode(inputs, stop)
-        except _Reached as reached:
+        except _StopAtLayer as reached:
             return Prefix(layer, reached.tokens_BLD)
         raise AssertionError(f"{self.spec}: layer {layer} did not request a prompt")
 
@@ -170,7 +170,7 @@ class Encoder(nn.Module):
         """
         if not self.widths:
             raise EncoderError(
-                EncoderCode.NOT_PROMPTABLE, f"{self.spec} {self.why_not_main or 'has no promptable layer'}", fix=fix
+                EncoderCode.NOT_PROMPTABLE, f"{self.spec} {self.unpromptable_reason or 'has no promptable layer'}", fix=fix
             )
 
     def require_insertable(self, side: str = "main") -> None:
@@ -179,7 +179,7 @@ class Encoder(nn.Module):
         Raises:
             EncoderError: it does not.
         """
-        if not self.insertable:
+        if not self.supports_inserted_tokens:
             fix = f"use tiny:, a ViT of timm: or a BERT of hf: as --{side}, or a different --method"
             raise EncoderError(EncoderCode.NOT_INSERTABLE, f"{self.spec} does not support inserted tokens", fix=fix)
 
@@ -206,15 +206,15 @@ class Encoder(nn.Module):
             return self._run_layer(layer, tokens_BLD, None if mask_BK is None else mask_BK[:, None, None], prompt)
 
     def _run_layer(self, layer: int, tokens_BLD: Tensor, mask_B11K: Tensor | None, prompt: Prompt | None) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} is insertable but does not implement `_run_layer`")
+        raise NotImplementedError(f"{type(self).__name__} is supports_inserted_tokens but does not implement `_run_layer`")
 
     def forward(
         self,
         inputs: Inputs,
         prompt_at: PromptAt | None = None,
-        insert: Insert | None = None,
+        insert: InsertedTokens | None = None,
         start: Prefix | None = None,
-    ) -> Encoded:
+    ) -> EncoderOutput:
         """Same as `encode`."""
         return self.encode(inputs, prompt_at, insert, start)
 
@@ -289,7 +289,7 @@ class Encoder(nn.Module):
         description = {
             "model": self.architecture(),
             "preprocess": _description.preprocess_values(self.preprocess),
-            "libraries": _description.versions(("mopefuse", "torch", *self.libraries, *owners)),
+            "libraries": _description.get_versions(("mopefuse", "torch", *self.libraries, *owners)),
         }
         plain: dict[str, Any] = _description.to_json_values(description)
         return plain
@@ -365,7 +365,7 @@ def full_spec(text: str) -> Spec:
     return replace(spec, name=ALIASES.get(spec.scheme, {}).get(spec.name, spec.name))
 
 
-def run_frozen(encoder: Encoder, inputs: Inputs) -> Encoded:
+def run_frozen(encoder: Encoder, inputs: Inputs) -> EncoderOutput:
     """Encode without prompts and without building an autograd graph."""
     with torch.no_grad():
         return encoder.encode(inputs)

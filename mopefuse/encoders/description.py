@@ -20,7 +20,7 @@ _INTERNAL = ("preprocess.tokenizer.state",)  # fields whose format depends on th
 _PLAIN = (bool, int, float, str, tuple, list, type(None))
 
 
-def versions(distributions: Iterable[str]) -> dict[str, str]:
+def get_versions(distributions: Iterable[str]) -> dict[str, str]:
     """Installed versions of `distributions`; those that are not installed are omitted."""
     found = {name: _installed(name) for name in sorted(set(distributions))}
     return {name: version for name, version in found.items() if version is not None}

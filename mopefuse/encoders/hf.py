@@ -28,7 +28,7 @@ from mopefuse.encoders import _hf_images, _hf_source, _hf_text, _options
 from mopefuse.encoders._hf_architectures import DECODER, FAMILIES, IMAGE, TEXT, Family
 from mopefuse.encoders._hf_model import TransformersEncoder, unsuitable_model_error
 from mopefuse.encoders._hf_source import Source
-from mopefuse.encoders.base import Encoded, Inputs
+from mopefuse.encoders.base import EncoderOutput, Inputs
 from mopefuse.encoders.pooling import mean_of
 from mopefuse.encoders.preprocess import ImagePreprocess, TextPreprocess
 from mopefuse.errors import EncoderError
@@ -102,7 +102,7 @@ class HFEncoder(TransformersEncoder):
             return {"pixels": torch.randn(2, 3, *self.preprocess.size, generator=torch.Generator().manual_seed(0))}
         return self.preprocess.batch(["a b", "c"])
 
-    def _probe(self, example: Inputs) -> Encoded:
+    def _probe(self, example: Inputs) -> EncoderOutput:
         self._prefix = 0  # number of tokens before the patches
         encoded = super()._probe(example)
         side = getattr(self.model_config, "patch_size", None)
@@ -113,7 +113,7 @@ class HFEncoder(TransformersEncoder):
             self.leading_tokens = self._prefix if self.model_config.model_type in _POSITIONS_AT_INPUT else None
         return encoded
 
-    def _run(self, inputs: Inputs) -> Encoded:
+    def _run(self, inputs: Inputs) -> EncoderOutput:
         if self.modality == "text":
             mask_BL = self._call.mask_BL = inputs["mask"]
             attention_mask = None if self._family.filled else mask_BL.long()
@@ -124,7 +124,7 @@ class HFEncoder(TransformersEncoder):
         tokens_BLD: Tensor = out.last_hidden_state
         if tokens_BLD.dim() == 4:
             tokens_BLD = tokens_BLD.flatten(2).transpose(1, 2)
-        return Encoded(self._pooled(out, tokens_BLD, mask_BL), tokens_BLD, mask_BL)
+        return EncoderOutput(self._pooled(out, tokens_BLD, mask_BL), tokens_BLD, mask_BL)
 
     def _pooled(self, out: Any, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
         """Pool the output as the option `pool` selects, (B, C)."""
@@ -177,7 +177,8 @@ def _texts(spec: Spec, source: Source, config: Any, *, filled: bool) -> TextPrep
         ) from error
     own = min(limit, _hf_text.declared_length(source.folder) or limit, tokenizer.model_max_length)
     pad_id = config.pad_token_id if isinstance(config.pad_token_id, int) else tokenizer.pad_token_id or 0
-    tokenize, most = _hf_text.Tokenize(tokenizer, pad_id, limit if filled else None), _options.max_tokens(spec, own, limit)
+    tokenize = _hf_text.TokenizerWrapper(tokenizer, pad_id, limit if filled else None)
+    most = _options.max_tokens(spec, own, limit)
     return TextPreprocess(tokenize, most, spec.name, int(config.vocab_size), tokenize.save, tokenize.length)
 
 

@@ -38,7 +38,7 @@ from mopefuse.encoders._options import option_flag
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders._timm_attention import prompt_model
 from mopefuse.encoders.attention import Modulation, Prompt, attend_prompts, split_heads
-from mopefuse.encoders.base import Encoded, Inputs
+from mopefuse.encoders.base import EncoderOutput, Inputs
 from mopefuse.encoders.preprocess import ImagePreprocess
 from mopefuse.errors import EncoderError, did_you_mean
 
@@ -98,7 +98,7 @@ class OpenCLIPEncoder(PromptedEncoder):
         _parse(spec)
 
     def _prompt_tower(self) -> None:
-        blocks, self.why_not_main = _promptable(self.backbone)
+        blocks, self.unpromptable_reason = _promptable(self.backbone)
         slots = self._prompt_blocks(blocks, [block.ln_1 for block in blocks])
         for block, slot in zip(blocks, slots, strict=True):
             block.prompt_slot = slot
@@ -109,18 +109,18 @@ class OpenCLIPEncoder(PromptedEncoder):
         if blocks and getattr(self.backbone, "attn_pool", None) is None:
             self.token_width = self.widths[-1]
 
-    def _run(self, inputs: Inputs) -> Encoded:
+    def _run(self, inputs: Inputs) -> EncoderOutput:
         if self.modality == "text":
             self._call.mask_BL = inputs["mask"]
             pooled_BC, tokens_BLD = self.backbone(inputs["ids"])
-            return Encoded(pooled_BC, tokens_BLD, inputs["mask"])
+            return EncoderOutput(pooled_BC, tokens_BLD, inputs["mask"])
         if isinstance(self.backbone, TimmModel) and self.widths:
             features = self.backbone.trunk.forward_features(inputs["pixels"])
             pooled_BC = self.backbone.head(self.backbone.trunk.forward_head(features))
-            return Encoded(pooled_BC, features.flatten(1, -2), None)
+            return EncoderOutput(pooled_BC, features.flatten(1, -2), None)
         out = self.backbone(inputs["pixels"])
         pooled_BC, tokens = out if isinstance(out, tuple) else (out, out[:, None])
-        return Encoded(pooled_BC, tokens, None)
+        return EncoderOutput(pooled_BC, tokens, None)
 
 
 def _interpolate_positions(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ from mopefuse.encoders import _options, _weights
 from mopefuse.encoders._options import option_flag
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders._timm_attention import prompt_model
-from mopefuse.encoders.base import Encoded, Inputs
+from mopefuse.encoders.base import EncoderOutput, Inputs
 from mopefuse.encoders.preprocess import ImagePreprocess
 from mopefuse.errors import EncoderError, did_you_mean
 
@@ -79,7 +79,7 @@ class TimmEncoder(PromptedEncoder):
         """See `Encoder.check_name`."""
         _check_name(spec)
 
-    def _run(self, inputs: Inputs) -> Encoded:
+    def _run(self, inputs: Inputs) -> EncoderOutput:
         features = self.backbone.forward_features(inputs["pixels"])
         if features.dim() == 4:
             last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
@@ -87,9 +87,9 @@ class TimmEncoder(PromptedEncoder):
         else:
             tokens_BLD = features if features.dim() == 3 else features[:, None]
         if self._pool == "own":
-            return Encoded(self.backbone.forward_head(features, pre_logits=True), tokens_BLD, None)
+            return EncoderOutput(self.backbone.forward_head(features, pre_logits=True), tokens_BLD, None)
         found = {"token": tokens_BLD[:, 0], "avg": tokens_BLD[:, self._prefix :].mean(dim=1)}
-        return Encoded(torch.cat([found[part] for part in self._pool.split("+")], dim=1), tokens_BLD, None)
+        return EncoderOutput(torch.cat([found[part] for part in self._pool.split("+")], dim=1), tokens_BLD, None)
 
 
 def _load(spec: Spec) -> tuple[Any, Spec, str]:

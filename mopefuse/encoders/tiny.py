@@ -30,7 +30,7 @@ from mopefuse.encoders import _lora
 from mopefuse.encoders._options import option_flag
 from mopefuse.encoders._recompute import run_block
 from mopefuse.encoders.attention import Prompt, attend, split_heads
-from mopefuse.encoders.base import Encoded, Encoder, Inputs
+from mopefuse.encoders.base import Encoder, EncoderOutput, Inputs
 from mopefuse.encoders.pooling import mean_of
 from mopefuse.encoders.preprocess import ImagePreprocess, TextPreprocess
 from mopefuse.errors import EncoderError, did_you_mean
@@ -175,7 +175,7 @@ class TinyEncoder(Encoder):
                 where=str(spec),
                 fix="use pool=cls, pool=mean or pool=cls+mean",
             )
-        self.patch_size, self.insertable = _PATCH, True
+        self.patch_size, self.supports_inserted_tokens = _PATCH, True
         self.leading_tokens = 1 if shape.modality == "image" else None
         self.modality, self.token_width = shape.modality, shape.width
         self.feature_width = shape.width * (1 + ("+" in self.pool))
@@ -200,7 +200,7 @@ class TinyEncoder(Encoder):
                 EncoderCode.UNKNOWN_TINY_MODEL, f"unknown encoder tiny:{spec.name}", fix=did_you_mean(spec.name, SHAPES)
             )
 
-    def _encode(self, inputs: Inputs) -> Encoded:
+    def _encode(self, inputs: Inputs) -> EncoderOutput:
         x_BLD, mask_BL = self.embed(inputs)
         mask, all_BL, insert = None if mask_BL is None else mask_BL[:, None, None], mask_BL, self._call.insert
         if insert is not None:
@@ -214,7 +214,7 @@ class TinyEncoder(Encoder):
         if insert is not None:
             x_BLD = x_BLD[:, insert.tokens_BPD.shape[1] :]
         x_BLD = self.norm(x_BLD)
-        return Encoded(self._pooled(x_BLD, mask_BL), x_BLD, mask_BL)
+        return EncoderOutput(self._pooled(x_BLD, mask_BL), x_BLD, mask_BL)
 
     def _run_layer(self, layer: int, tokens_BLD: Tensor, mask_B11K: Tensor | None, prompt: Prompt | None) -> Tensor:
         return self._run_block(self.blocks[layer], tokens_BLD, mask_B11K, prompt)

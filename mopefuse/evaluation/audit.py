@@ -23,7 +23,7 @@ from mopefuse.core import device as devices
 from mopefuse.core.precision import normalize_feature
 from mopefuse.data.base import DataSet
 from mopefuse.data.collate import Samples, blank_input
-from mopefuse.data.perturbed import BlankSamples, ShuffledSamples, derangement
+from mopefuse.data.perturbed import BlankSamples, ShuffledSamples, draw_derangement
 from mopefuse.data.subsets import random_order
 from mopefuse.encoders.base import run_frozen
 from mopefuse.evaluation.split import prepare_samples, run_split, split_metrics
@@ -201,7 +201,7 @@ def audit_model(
         data, chosen = subsample(data, split, max_samples, seed)
         as_is_SN = None if as_is_SN is None else as_is_SN[chosen]
     samples = prepare_samples(model, data, split, config, device)
-    partner_S = derangement(len(samples), seed)
+    partner_S = draw_derangement(len(samples), seed)
     modalities = _complementary_modalities(model, data)
     sides = {name: [s for s in model.reads if is_comp(s) and model.encoder(s).modality == name] for name in modalities}
     keys = {name: data.splits[split].keys[name] for name in sides}

@@ -14,7 +14,7 @@ from mopefuse.evaluation.scoring import Evaluation, score
 from mopefuse.evaluation.split import model_outputs
 from mopefuse.inference.bundle import Bundle
 from mopefuse.runs.load import load_split, open_run, with_data_path
-from mopefuse.runs.locate import kind_of, locate
+from mopefuse.runs.locate import get_kind, locate
 
 
 def evaluate(
@@ -44,7 +44,7 @@ def evaluate(
         DataError: unknown labels, bad rows.
     """
     folder = locate(run)
-    if kind_of(folder) == "bundle":
+    if get_kind(folder) == "bundle":
         return _evaluate_bundle(folder, split, data, layout, device, predictions, advance)
     opened = open_run(
         folder, split, data, layout=layout, checkpoint=checkpoint, device=device, main=main, comp=comp, advance=advance

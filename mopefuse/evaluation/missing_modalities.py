@@ -22,7 +22,7 @@ from mopefuse.evaluation.missing_shares import Shares, describe_shares
 from mopefuse.evaluation.scoring import score
 from mopefuse.evaluation.split import model_outputs, prepare_samples
 from mopefuse.runs.load import OpenRun, open_run
-from mopefuse.runs.locate import kind_of, locate
+from mopefuse.runs.locate import get_kind, locate
 
 Advance = Callable[[str, int, int], None]  # (what is missing, samples done, samples in all)
 
@@ -115,7 +115,7 @@ def evaluate_missing(
         CheckpointError, DataError: see `mopefuse.evaluation.evaluate.evaluate`.
     """
     folder = locate(run)
-    if kind_of(folder) == "bundle":
+    if get_kind(folder) == "bundle":
         fix = "evaluate the run that it was exported from"
         raise ConfigError(
             ConfigCode.MISSING_NEEDS_A_RUN, "--missing needs a run or an adapter, not a bundle", where="--missing", fix=fix
@@ -124,7 +124,7 @@ def evaluate_missing(
     removal, requested = plan_removal(opened.model, opened.data, split, shares, seed)
     cells = _evaluate_cells(opened, removal, requested, predictions, advance)
     trained_without = {opened.model.encoder(side).modality for side in opened.model.optional_sides}
-    is_run = kind_of(folder) == "run"
+    is_run = get_kind(folder) == "run"
     missing = Missing(
         split=split,
         step=opened.step,

@@ -1,6 +1,6 @@
 """The lines of ``predictions.jsonl``: predicted and true labels of each sample, with probabilities.
 
-With up to `MOST_LABELS` labels a line has the probability of every label. With more labels it has those of the `KEPT` most
+With up to `MAX_LABELS` labels a line has the probability of every label. With more labels it has those of the `KEPT` most
 probable, the predicted and the true labels, most probable first. Accuracy, F1 and the log-likelihood of the true labels can
 still be computed from that, and a million lines with 10,000 labels take about 1 GB instead of 200 GB.
 
@@ -19,7 +19,7 @@ from mopefuse.core.formatting import json_text
 from mopefuse.data.base import Row
 from mopefuse.metrics import classification as metrics
 
-MOST_LABELS, KEPT = 100, 20
+MAX_LABELS, KEPT = 100, 20
 
 
 class Predicted(NamedTuple):
@@ -52,7 +52,7 @@ def collect_predictions(
     else:
         chosen_BN = torch.zeros_like(p_BN, dtype=torch.bool).scatter_(1, logits_BN.argmax(dim=-1, keepdim=True), True)
     kept_BN = torch.ones_like(chosen_BN)
-    if p_BN.shape[1] > MOST_LABELS:
+    if p_BN.shape[1] > MAX_LABELS:
         true_BN = targets > 0 if multi_label else torch.zeros_like(chosen_BN).scatter_(1, targets.unsqueeze(1), True)
         kept_BN = (chosen_BN | true_BN).scatter_(1, p_BN.topk(KEPT, dim=-1).indices, True)
     label_Z = kept_BN.nonzero()[:, 1].int()
@@ -73,7 +73,7 @@ def to_json_lines(
         row = rows[index]
         chosen = [labels[number] for number, _, yes in pairs if yes]
         predicted: dict[str, Any] = {"labels": chosen} if multi_label else {"label": chosen[0]}
-        if len(labels) > MOST_LABELS:
+        if len(labels) > MAX_LABELS:
             pairs = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
         probabilities = {labels[number]: round(p, 6) for number, p, _ in pairs}
         true: Any = list(row.labels) if multi_label else row.labels[0]

@@ -27,7 +27,7 @@ from mopefuse.fusion.model_facts import model_facts
 from mopefuse.inference.bundle import KIND as BUNDLE
 from mopefuse.metrics.classification import THRESHOLD
 from mopefuse.runs import adapter_folder
-from mopefuse.runs.locate import kind_of
+from mopefuse.runs.locate import get_kind
 
 
 def save_adapter(
@@ -125,7 +125,7 @@ def require_free(out: Path, overwrite: bool) -> None:
     """
     check_parent(out)
     taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-    replaceable = out.is_dir() and kind_of(out) in (BUNDLE, adapter_folder.KIND)
+    replaceable = out.is_dir() and get_kind(out) in (BUNDLE, adapter_folder.KIND)
     if taken and not (overwrite and replaceable):
         fix = "choose a different --out" + (", or add --overwrite" if replaceable else "")
         raise ConfigError(ConfigCode.RUN_FOLDER_NOT_EMPTY, f"{out} is not empty", where="--out", fix=fix)

@@ -174,7 +174,7 @@ def describe(model: Fusion, folder: Path) -> dict[str, dict[str, Any]]:
             how |= {"tokenizer_name": how["tokenizer"], "vocabulary": getattr(preprocess, "vocabulary", 0)}
             how["length"] = getattr(preprocess, "length", None)
             how["tokenizer"] = {**save(file), **({"file": file.name} if file.exists() else {})}
-        sides[side] = how | {"may_lack": side in model.optional_sides}
+        sides[side] = how | {"optional": side in model.optional_sides}
     return sides
 
 
@@ -192,7 +192,7 @@ def probe_pairs(sides: Mapping[str, Mapping[str, Any]]) -> tuple[list[Any], list
     texts = ["a small red shoe", "", words, other, middle, words * longest, "what is the top left digit?"]
     found: dict[str, list[Any]] = {"image": [*images], "text": [*texts]}
     for number, how in enumerate(sides.values()):
-        if how["may_lack"]:
+        if how["optional"]:
             found[how["modality"]][3 + number % 4] = None
     return found["image"], found["text"]
 

@@ -21,7 +21,7 @@ from mopefuse.core.error_codes import CheckpointCode, ConfigCode, EncoderCode
 from mopefuse.core.registry import parse_spec
 from mopefuse.errors import CheckpointError, ConfigError, EncoderError, MopefuseError
 from mopefuse.runs.adapter_folder import AdapterFolder
-from mopefuse.runs.locate import PREFIX, find_run, kind_of, locate
+from mopefuse.runs.locate import PREFIX, find_run, get_kind, locate
 
 _SECONDS = 10.0  # for the first response of the hub
 
@@ -107,7 +107,7 @@ def _local(adapter: Path) -> tuple[str, ...]:
 
 def _export_kind(folder: Path, checkpoint: str) -> str:
     """``adapter`` or ``bundle`` for an export, after its files were verified; empty for a run."""
-    kind = kind_of(folder)
+    kind = get_kind(folder)
     if kind not in ("adapter", "bundle"):
         find_run(folder).config()
         return ""

@@ -15,7 +15,7 @@ from mopefuse.inference.bundle import Bundle
 from mopefuse.modalities.image import open_image
 from mopefuse.runs.adapter_folder import KIND as ADAPTER
 from mopefuse.runs.adapter_folder import AdapterFolder
-from mopefuse.runs.locate import kind_of
+from mopefuse.runs.locate import get_kind
 
 
 def verify_export(folder: Path) -> str:
@@ -27,7 +27,7 @@ def verify_export(folder: Path) -> str:
     Raises:
         CheckpointError: a file is missing, changed, or not in the manifest. GateError: the logits differ.
     """
-    if kind_of(folder) == ADAPTER:
+    if get_kind(folder) == ADAPTER:
         config = AdapterFolder(folder).config()
         return f"every file of this adapter ({config.method}) is as it was exported"
     bundle = Bundle(folder, "cpu")

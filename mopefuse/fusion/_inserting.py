@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mopefuse.config.schema import RunConfig
 from mopefuse.core.precision import apply_in_own_type, normalize_feature
 from mopefuse.data.base import Batch
-from mopefuse.encoders.base import Encoder, Insert
+from mopefuse.encoders.base import Encoder, InsertedTokens
 from mopefuse.fusion._tuned_encoders import TunedFusion
 from mopefuse.fusion.base import Output
 
@@ -26,7 +26,7 @@ class InsertingFusion(TunedFusion):
     are normalised and projected to the reader's width (`project`). The head classifies the reader's pooled feature.
 
     Raises:
-        EncoderError: the reader does not support inserted tokens (`Encoder.insertable`).
+        EncoderError: the reader does not support inserted tokens (`Encoder.supports_inserted_tokens`).
     """
 
     parts: ClassVar[dict[str, str]] = {r"^project\.": "projection", r"^prompt_PD$": "inserted prompts", **TunedFusion.parts}
@@ -60,7 +60,7 @@ class InsertingFusion(TunedFusion):
         return self.encoder(self.source).feature_width
 
     @abstractmethod
-    def build_insert(self, batch: Batch) -> Insert:
+    def build_insert(self, batch: Batch) -> InsertedTokens:
         """Build the tokens to insert for a batch."""
 
     def project_features(self, feature_BXC: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import Batch
-from mopefuse.encoders.base import Encoded, Encoder, PromptAt, run_frozen
+from mopefuse.encoders.base import Encoder, EncoderOutput, PromptAt, run_frozen
 from mopefuse.fusion._static_prompts import build_static_stack
 from mopefuse.fusion.base import Fusion
 from mopefuse.prompts.stack import PromptStack
@@ -75,7 +75,7 @@ class TunedFusion(Fusion):
         assert isinstance(stack, PromptStack)
         return stack.condition({})
 
-    def encode(self, side: str, batch: Batch) -> Encoded:
+    def encode(self, side: str, batch: Batch) -> EncoderOutput:
         """Encode a side with its static prompts; no autograd graph is built if nothing in it is trainable."""
         if side not in self.stacks and not self.encoder(side).trainable:
             return run_frozen(self.encoder(side), batch.inputs[side])

@@ -63,7 +63,7 @@ class Fusion(nn.Module):
     """Maps a pattern of tensor names to what such tensors depend on, for `mopefuse swap-encoder`: "main" or "comp" for the
     shape of that encoder's layers, "main features" or "comp features" for the features of that particular encoder; ``\\1``
     stands for the pattern's first group. A tensor that matches no pattern is valid with any encoder."""
-    takes_several_comps: ClassVar[bool] = False
+    supports_multiple_comps: ClassVar[bool] = False
     """Whether the method takes any number of complementary encoders, and handles samples that lack their modalities."""
     closed_form: ClassVar[bool] = False  # whether `fit` trains everything, so that no training step is made
     starts_fitted: bool = False  # whether `fit` computes the initial weights
@@ -99,13 +99,13 @@ class Fusion(nn.Module):
             what = f"{config.method} needs every modality, so none can be dropped"
             raise ConfigError(ConfigCode.NOTHING_TO_DROP, what, where="--modality-dropout", fix="remove --modality-dropout")
 
-    def learn_absence(self, sides: Sequence[str]) -> None:
+    def add_missing_embeddings(self, sides: Sequence[str]) -> None:
         """Add for each of `sides` a trainable vector, by which `replace_missing` replaces features that a sample lacks."""
         widths = {side: self.encoder(side).feature_width for side in sides}
         self.absent.update({side: nn.Parameter(torch.zeros(width)) for side, width in widths.items()})
 
-    def learn_optional_absence(self) -> None:
-        """`learn_absence` of all `optional_sides`.
+    def add_optional_missing_embeddings(self) -> None:
+        """`add_missing_embeddings` of all `optional_sides`.
 
         Raises:
             ConfigError: `either` without training samples that lack the main modality.
@@ -118,7 +118,7 @@ class Fusion(nn.Module):
                 where="--either",
                 fix="add --modality-dropout 0.1, or --on-missing absent",
             )
-        self.learn_absence(self.optional_sides)
+        self.add_missing_embeddings(self.optional_sides)
 
     @classmethod
     def sides(cls, config: RunConfig) -> tuple[str, ...]:
@@ -128,7 +128,7 @@ class Fusion(nn.Module):
             ConfigError: several complementary encoders for a method that takes one.
         """
         complementary = [side for side in specs(config) if is_comp(side)]
-        if "comp" in cls.uses and len(complementary) > 1 and not cls.takes_several_comps:
+        if "comp" in cls.uses and len(complementary) > 1 and not cls.supports_multiple_comps:
             what = f"{config.method} takes one complementary encoder, got {len(complementary)}"
             raise ConfigError(
                 ConfigCode.TOO_MANY_ENCODERS,
@@ -197,7 +197,7 @@ class Fusion(nn.Module):
     @property
     def droppable_sides(self) -> tuple[str, ...]:
         """The sides that a sample can lack; the main modality only with `either`."""
-        if not self.takes_several_comps or len(self.uses) == 1:
+        if not self.supports_multiple_comps or len(self.uses) == 1:
             return ()
         needed = () if self.config.either or "main" not in self.uses else (self.encoder("main").modality,)
         return tuple(side for side in self.uses if self.encoder(side).modality not in needed)
@@ -212,7 +212,7 @@ class Fusion(nn.Module):
     def requirements(self) -> Requirements:
         """Which modalities a sample must have."""
         modality_of = {side: self.encoder(side).modality for side in self.reads}
-        either_helps = self.takes_several_comps and len(self.uses) > 1
+        either_helps = self.supports_multiple_comps and len(self.uses) > 1
         return Requirements(self.config.method, modality_of, self.droppable_sides, either_helps)
 
     def require_modalities(self, lacking: Mapping[str, NDArray[np.bool_] | Tensor], *, where: str) -> None:
@@ -222,7 +222,7 @@ class Fusion(nn.Module):
     def replace_missing(self, side: str, normed_BC: Tensor, batch: Batch) -> Tensor:
         """Replace a side's normalised features (B, C) by the absent condition in the rows of samples that lack the side.
 
-        The absent condition is trained from 0, the feature of an average sample; without `learn_absence` it is 0.
+        The absent condition is trained from 0, the feature of an average sample; without `add_missing_embeddings` it is 0.
         """
         missing_B = batch.missing.get(side)
         if missing_B is None:

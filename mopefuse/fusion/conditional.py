@@ -59,7 +59,7 @@ class ConditionalFusion(Fusion):
             tokens although `prompts.condition=tokens`.
     """
 
-    takes_several_comps: ClassVar[bool] = True
+    supports_multiple_comps: ClassVar[bool] = True
     parts: ClassVar[dict[str, str]] = {
         r"^stack\.router\.": "router",
         r"^stack\..*static_SD$": "static prompts",
@@ -132,9 +132,9 @@ class ConditionalFusion(Fusion):
         first = min(map(int, self.stack.layers), default=0)
         self.prefix_layers = {"main": first} if first and not main.trainable else {}
         absent = [side for side in self.optional_sides if side in self.reads and side != "main"]
-        self.stack.learn_absence(absent)
+        self.stack.add_missing_tokens(absent)
         if self.stack.reads_psi or len(self.head_sides) > 1 or self.head_comp is not None:
-            self.learn_absence(absent)
+            self.add_missing_embeddings(absent)
 
     def _token_widths(self) -> dict[str, int]:
         """Width of the output tokens of each complementary encoder.

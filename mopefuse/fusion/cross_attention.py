@@ -80,7 +80,7 @@ class CrossAttention(Fusion):
         EncoderError: the main encoder does not provide its tokens.
     """
 
-    takes_several_comps: ClassVar[bool] = True
+    supports_multiple_comps: ClassVar[bool] = True
     sections: ClassVar[tuple[str, ...]] = ("cross_attention",)
     parts: ClassVar[dict[str, str]] = {r"^reader\.": "cross-attention", **Fusion.parts}
     dependencies: ClassVar[dict[str, str]] = {
@@ -96,7 +96,7 @@ class CrossAttention(Fusion):
             what = f"{main.spec} does not provide its tokens"
             raise EncoderError(EncoderCode.TOKEN_WIDTH_UNKNOWN, what, fix="use it as --comp instead, or use --method mlp")
         self.frozen = self.uses[1:]  # of the main encoder, only pooled features could be cached
-        self.learn_optional_absence()
+        self.add_optional_missing_embeddings()
         self.reader = TokenReader(
             settings, main.token_width, {side: self.encoder(side).feature_width for side in self.uses[1:]}
         )

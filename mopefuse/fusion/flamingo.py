@@ -22,7 +22,7 @@ from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.precision import apply_in_own_type
 from mopefuse.data.base import Batch
 from mopefuse.encoders.attention import split_heads
-from mopefuse.encoders.base import Encoded, Encoder, Prompt, run_frozen
+from mopefuse.encoders.base import Encoder, EncoderOutput, Prompt, run_frozen
 from mopefuse.errors import EncoderError
 from mopefuse.fusion.base import Fusion, Output
 from mopefuse.fusion.collator import Requirements
@@ -141,7 +141,7 @@ class Flamingo(Fusion):
         EncoderError: the main encoder has no promptable layer, or a complementary encoder does not provide its tokens.
     """
 
-    takes_several_comps: ClassVar[bool] = True
+    supports_multiple_comps: ClassVar[bool] = True
     sections: ClassVar[tuple[str, ...]] = ("head_features", "prompts", "flamingo")
     parts: ClassVar[dict[str, str]] = {
         r"^resamplers\.": "resamplers",
@@ -175,7 +175,7 @@ class Flamingo(Fusion):
         self.prefix_layers = {"main": chosen[0]} if chosen and chosen[0] else {}
         self.head = self.make_head(sum(self.encoder(side).feature_width for side in self.head_sides), num_labels)
         if len(self.head_sides) > 1:
-            self.learn_absence(self.optional_sides)
+            self.add_missing_embeddings(self.optional_sides)
 
     @property
     def head_sides(self) -> tuple[str, ...]:
@@ -207,7 +207,7 @@ class Flamingo(Fusion):
         others = [encoded[side].pooled_BC for side in self.head_sides if side != "main"]
         return Output(self.classify(pooled_BC, *others, batch=batch))
 
-    def resample(self, encoded: Mapping[str, Encoded], batch: Batch) -> tuple[Tensor, Tensor]:
+    def resample(self, encoded: Mapping[str, EncoderOutput], batch: Batch) -> tuple[Tensor, Tensor]:
         """The tokens of all complementary sides that main tokens attend to (B, R, W), and their mask (B, R)."""
         every, masks = [], []
         for side, one in encoded.items():

@@ -26,11 +26,11 @@ class LateConcat(TunedFusion):
         ConfigError: `either` without training samples that lack the main modality.
     """
 
-    takes_several_comps: ClassVar[bool] = True
+    supports_multiple_comps: ClassVar[bool] = True
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
-        self.learn_optional_absence()
+        self.add_optional_missing_embeddings()
         self.head = self.make_head(sum(self.encoder(side).feature_width for side in self.uses), num_labels)
 
     def forward(self, batch: Batch) -> Output:

@@ -33,7 +33,7 @@ class LinearFusion(Fusion):
     mean over the training split.
     """
 
-    takes_several_comps: ClassVar[bool] = True
+    supports_multiple_comps: ClassVar[bool] = True
     closed_form: ClassVar[bool] = True
     sections: ClassVar[tuple[str, ...]] = ("linear",)
 

@@ -40,7 +40,7 @@ class MAP(Fusion):
         EncoderError: an encoder that has no promptable layer.
     """
 
-    takes_several_comps: ClassVar[bool] = True
+    supports_multiple_comps: ClassVar[bool] = True
     sections: ClassVar[tuple[str, ...]] = ("prompts",)
     parts: ClassVar[dict[str, str]] = {
         r"^stacks\..*static_SD$": "missing-aware prompts",
@@ -51,7 +51,7 @@ class MAP(Fusion):
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
-        self.learn_optional_absence()
+        self.add_optional_missing_embeddings()
         self.stacks = nn.ModuleDict()
         for side in self.uses:
             encoder = self.encoder(side)

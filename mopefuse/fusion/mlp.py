@@ -30,13 +30,13 @@ class MLP(Fusion):
         ConfigError: `either` without training samples that lack the main modality.
     """
 
-    takes_several_comps: ClassVar[bool] = True
+    supports_multiple_comps: ClassVar[bool] = True
     sections: ClassVar[tuple[str, ...]] = ("mlp",)
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
         self.frozen = self.uses
-        self.learn_optional_absence()
+        self.add_optional_missing_embeddings()
         self.head = self.make_head(self.standardise_features(), num_labels, config.mlp.dropout)
 
     def forward(self, batch: Batch) -> Output:

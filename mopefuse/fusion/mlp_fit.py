@@ -23,7 +23,7 @@ _LEARNING_RATE, _WEIGHT_DECAY = 1e-3, 1e-2  # the defaults of the method `mlp`
 _BATCH = 64
 _EPOCHS = 30
 _STEPS = (1000, 20_000)  # on small data more epochs are needed, on large data fewer suffice
-_FEWEST_EPOCHS, _MOST_EPOCHS = 3, 200
+_MIN_EPOCHS, _MAX_EPOCHS = 3, 200
 
 
 class Network(NamedTuple):
@@ -66,7 +66,7 @@ def epochs_for(samples: int) -> int:
     """Return the number of epochs for a training split of this size."""
     per_epoch = max(1, -(-samples // _BATCH))
     fewest, most = _STEPS
-    return min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, max(fewest, min(most, _EPOCHS * per_epoch)) // per_epoch))
+    return min(_MAX_EPOCHS, max(_MIN_EPOCHS, max(fewest, min(most, _EPOCHS * per_epoch)) // per_epoch))
 
 
 def fit_network(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from mopefuse.config.schema import RunConfig
 from mopefuse.core.error_codes import EncoderCode
 from mopefuse.data.base import Batch
-from mopefuse.encoders.base import Encoder, Insert
+from mopefuse.encoders.base import Encoder, InsertedTokens
 from mopefuse.errors import EncoderError
 from mopefuse.fusion._inserting import InsertingFusion
 from mopefuse.fusion._text_and_image import text_and_image_sides
@@ -53,9 +53,9 @@ class MMBT(InsertingFusion):
             raise EncoderError(EncoderCode.TOKEN_WIDTH_UNKNOWN, what, fix="use an image encoder of timm:, hf: or tiny:")
         return encoder.token_width
 
-    def build_insert(self, batch: Batch) -> Insert:
+    def build_insert(self, batch: Batch) -> InsertedTokens:
         """Pool the image tokens to M tokens and project them."""
         tokens_BLC = self.encode(self.source, batch).tokens_BLD
         count = min(self.config.inserted.images, tokens_BLC.shape[1])
         parts_BMC = F.adaptive_avg_pool1d(tokens_BLC.transpose(1, 2), count).transpose(1, 2)
-        return Insert(self.project_features(parts_BMC))
+        return InsertedTokens(self.project_features(parts_BMC))

@@ -18,7 +18,7 @@ from mopefuse.config.method_settings import Interactive
 from mopefuse.config.schema import RunConfig
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.data.base import Batch
-from mopefuse.encoders.base import Encoded, Encoder, Prompt
+from mopefuse.encoders.base import Encoder, EncoderOutput, Prompt
 from mopefuse.errors import ConfigError
 from mopefuse.fusion._static_prompts import initial_bound
 from mopefuse.fusion.base import Fusion, Output
@@ -69,7 +69,7 @@ class PMF(Fusion):
 
     Raises:
         ConfigError: more fusion layers than an encoder has.
-        EncoderError: an encoder that does not support inserted tokens (`Encoder.insertable`).
+        EncoderError: an encoder that does not support inserted tokens (`Encoder.supports_inserted_tokens`).
     """
 
     parts: ClassVar[dict[str, str]] = {
@@ -199,10 +199,10 @@ class _Exchange:
     def __init__(self, pmf: PMF, batch: Batch) -> None:
         self.pmf, self.batch = pmf, batch
         self.main: tuple[Tensor, Tensor | None]  # input tokens of the main encoder's next fusion layer, and their mask
-        self.comp: Encoded
+        self.comp: EncoderOutput
         self.main_prompts: list[Prompt] = []  # one for each of the main encoder's fusion layers
 
-    def run(self) -> tuple[Encoded, Encoded]:
+    def run(self) -> tuple[EncoderOutput, EncoderOutput]:
         """Return the outputs of the main and the complementary encoder."""
         main = self.pmf.encoder("main").encode(self.batch.inputs["main"], self._prompt_main_at)
         return main, self.comp

@@ -14,7 +14,7 @@ from torch import nn
 
 from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import Batch
-from mopefuse.encoders.base import Encoder, Insert
+from mopefuse.encoders.base import Encoder, InsertedTokens
 from mopefuse.fusion._inserting import InsertingFusion
 from mopefuse.fusion._static_prompts import initial_bound
 
@@ -37,10 +37,10 @@ class PromptFuse(InsertingFusion):
         bound = config.prompts.init or initial_bound(main)
         self.prompt_PD = nn.Parameter(torch.empty(count, main.widths[0]).uniform_(-bound, bound)) if count else None
 
-    def build_insert(self, batch: Batch) -> Insert:
+    def build_insert(self, batch: Batch) -> InsertedTokens:
         """Concatenate the learned tokens and the projected psi."""
         psi_B1D = self.project_features(self.pooled("comp", batch))[:, None]
         if self.prompt_PD is None:
-            return Insert(psi_B1D)
+            return InsertedTokens(psi_B1D)
         prompt_BPD = self.prompt_PD.to(psi_B1D.dtype).expand(psi_B1D.shape[0], -1, -1)
-        return Insert(torch.cat([prompt_BPD, psi_B1D], dim=1), blind=prompt_BPD.shape[1] if self.blind else 0)
+        return InsertedTokens(torch.cat([prompt_BPD, psi_B1D], dim=1), blind=prompt_BPD.shape[1] if self.blind else 0)

@@ -42,7 +42,7 @@ class QMF(Fusion):
     with equal confidences it is the sum of the sides' logits.
     """
 
-    takes_several_comps: ClassVar[bool] = True
+    supports_multiple_comps: ClassVar[bool] = True
     sections: ClassVar[tuple[str, ...]] = ("qmf",)
     parts: ClassVar[dict[str, str]] = {r"^head_": "head", **Fusion.parts}
 

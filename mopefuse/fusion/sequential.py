@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from mopefuse.data.base import Batch
-from mopefuse.encoders.base import Insert
+from mopefuse.encoders.base import InsertedTokens
 from mopefuse.fusion._inserting import InsertingFusion
 
 
@@ -21,6 +21,6 @@ class Sequential(InsertingFusion):
 
     default_tune: ClassVar[str] = "full"
 
-    def build_insert(self, batch: Batch) -> Insert:
+    def build_insert(self, batch: Batch) -> InsertedTokens:
         """Project psi to one token."""
-        return Insert(self.project_features(self.pooled("comp", batch))[:, None])
+        return InsertedTokens(self.project_features(self.pooled("comp", batch))[:, None])

@@ -55,7 +55,7 @@ class Bundle:
         self.thresholds: Sequence[float] = list(thresholds)
         self.sides, self.empty_is_missing = read_preprocess(folder)
         self.modalities = tuple(dict.fromkeys(how["modality"] for how in self.sides.values()))
-        needed = {how["modality"] for how in self.sides.values() if not how.get("may_lack")}
+        needed = {how["modality"] for how in self.sides.values() if not how.get("optional")}
         self.optional_modalities = tuple(name for name in self.modalities if name not in needed)
         texts = {side: how for side, how in self.sides.items() if how["modality"] == "text"}
         for how in texts.values() if "files" in self.manifest else ():  # a bundle that is being made has none yet
@@ -85,7 +85,7 @@ class Bundle:
         inputs: dict[str, Array] = {}
         for side, how in self.sides.items():
             given = modality.require_values(how["modality"], values, "the bundle")
-            if how.get("may_lack"):
+            if how.get("optional"):
                 inputs[f"{side}_missing"] = np.array([value is None for value in given], dtype=np.bool_)
             elif any(value is None for value in given):
                 what = f"a sample has no {how['modality']}, and the model was not trained to handle that"
@@ -197,7 +197,7 @@ def _verified(folder: Path) -> dict[str, Any]:
 
 def _expected(side: str, how: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...], type]]:
     """(name, shape with 0 for any, type) of the inputs of a side."""
-    missing = [(f"{side}_missing", (0,), np.bool_)] if how.get("may_lack") else []
+    missing = [(f"{side}_missing", (0,), np.bool_)] if how.get("optional") else []
     if how["modality"] == "image":
         return [(f"{side}_pixels", (0, *how["size"], 3), np.uint8), *missing]
     length = how.get("length") or 0

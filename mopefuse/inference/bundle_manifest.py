@@ -18,8 +18,8 @@ from mopefuse.modalities.pixels import INTERPOLATIONS
 Check = Callable[[Any], bool]
 
 _LARGEST_SIDE = 8192  # pixels
-_MOST_TOKENS = 1_000_000
-_MOST_IDS = 2**31
+_MAX_TOKENS = 1_000_000
+_MAX_IDS = 2**31
 _FIX = "export the run again"
 
 
@@ -60,7 +60,7 @@ def read_preprocess(folder: Path) -> tuple[dict[str, dict[str, Any]], bool]:
 
 def _require_side(how: Any, folder: Path, where: str) -> None:
     _require(how, {"modality": lambda value: value in ("image", "text")}, folder, where)
-    _require({"may_lack": False, **how}, {"may_lack": _is_bool}, folder, where)
+    _require({"optional": False, **how}, {"optional": _is_bool}, folder, where)
     if how["modality"] == "image":
         _require(how, _IMAGE, folder, where)
         return
@@ -111,11 +111,11 @@ def _is_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(one) in (int, float) and abs(one) < 1e300 and isfinite(one) for one in value)
 
 
-def _from_to(least: int, most: int) -> Check:
-    return lambda value: type(value) is int and least <= value <= most
+def _from_to(minimum: int, maximum: int) -> Check:
+    return lambda value: type(value) is int and minimum <= value <= maximum
 
 
-_is_side, _is_id, _is_count = _from_to(1, _LARGEST_SIDE), _from_to(0, _MOST_IDS), _from_to(1, _MOST_TOKENS)
+_is_side, _is_id, _is_count = _from_to(1, _LARGEST_SIDE), _from_to(0, _MAX_IDS), _from_to(1, _MAX_TOKENS)
 
 
 def _is_size(value: Any) -> bool:
@@ -135,7 +135,7 @@ _TEXT: Mapping[str, Check] = {
 }
 _TOKENIZERS: Mapping[str, Mapping[str, Check]] = {
     "words": {"words": _is_names, "begin_id": _is_id, "unknown_id": _is_id},
-    "hashing": {"vocabulary": _from_to(4, _MOST_IDS), "begin_id": _is_id, "end_id": _is_id},
+    "hashing": {"vocabulary": _from_to(4, _MAX_IDS), "begin_id": _is_id, "end_id": _is_id},
 }
 _SAVED: Mapping[str, Check] = {
     "file": lambda value: isinstance(value, str) and value not in ("", ".", "..") and not {"/", "\\", "\0"} & set(value),

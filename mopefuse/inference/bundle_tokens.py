@@ -42,7 +42,8 @@ def load_tokenizer(how: Mapping[str, Any], folder: Path) -> Callable[[Sequence[s
 
 
 def _rows(own: Mapping[str, Any], folder: Path, most: int) -> Callable[[Sequence[str]], list[list[int]]]:
-    kinds: dict[str, type[tokens.Words] | type[tokens.Hashing]] = {"words": tokens.Words, "hashing": tokens.Hashing}
+    kinds: dict[str, type[tokens.Words] | type[tokens.HashingVocabulary]]
+    kinds = {"words": tokens.Words, "hashing": tokens.HashingVocabulary}
     if own["kind"] in kinds:
         splitter = kinds[own["kind"]](**{name: value for name, value in own.items() if name != "kind"})
         return lambda texts: splitter.rows(texts, most)

@@ -28,7 +28,7 @@ from mopefuse.data.tables import TableRow, find_tables, parse_json_line
 from mopefuse.errors import CheckpointError, ConfigError, DataError, MopefuseError, NumericError
 from mopefuse.inference.bundle import Bundle
 from mopefuse.modalities import base as modality
-from mopefuse.runs.locate import find_run, kind_of, locate
+from mopefuse.runs.locate import find_run, get_kind, locate
 
 Prediction = dict[str, Any]
 
@@ -154,7 +154,7 @@ def load(
         raise CheckpointError(
             CheckpointCode.NOT_FOUND, f"run not found: {path}", fix="pass a folder written by mopefuse train or mopefuse export"
         )
-    if kind_of(folder) == "bundle":
+    if get_kind(folder) == "bundle":
         if checkpoint != "best" or main or comp:
             fix = "remove --checkpoint, --main and --comp"
             raise ConfigError(
@@ -183,7 +183,7 @@ def input_settings(path: str | Path, changes: Mapping[str, Any] | None = None) -
         CheckpointError: there is no such model. ConfigError: one of `changes` is not a setting.
     """
     folder = locate(path)
-    if kind_of(folder) == "bundle":
+    if get_kind(folder) == "bundle":
         saved = saved_config(folder / "config.yaml").data
     else:
         saved = find_run(folder).config().data

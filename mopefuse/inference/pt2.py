@@ -32,9 +32,9 @@ Graph = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 T = TypeVar("T")
 
 _LARGEST_JSON = 50_000_000  # bytes; a model of 48 layers has 2 million
-_MOST_VALUES = 1_000_000  # maximum in a JSON record, each up to 2 kB while it is checked; 48 layers have 100,000
-_MOST_EXPLAINED = 1000  # errors in a record; if there are more, they are not described
-_MOST_RECORDS = 100_000
+_MAX_VALUES = 1_000_000  # maximum in a JSON record, each up to 2 kB while it is checked; 48 layers have 100,000
+_MAX_EXPLAINED = 1000  # errors in a record; if there are more, they are not described
+_MAX_RECORDS = 100_000
 _PROGRAM, _WEIGHTS, _CONSTANTS = (
     "models/model.json",
     "data/weights/model_weights_config.json",
@@ -119,7 +119,7 @@ def _records(archive: zipfile.ZipFile, file: Path) -> dict[str, zipfile.ZipInfo]
     """The records of an archive, by name without the outer folder: names are unique, and nothing is compressed."""
     records: dict[str, zipfile.ZipInfo] = {}
     roots = set()
-    for entry in archive.infolist()[: _MOST_RECORDS + 1]:
+    for entry in archive.infolist()[: _MAX_RECORDS + 1]:
         root, _, name = entry.filename.partition("/")
         roots.add(root)
         if name in records:
@@ -127,7 +127,7 @@ def _records(archive: zipfile.ZipFile, file: Path) -> dict[str, zipfile.ZipInfo]
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size or entry.flag_bits & 1:
             raise _refused(file, f"a compressed or encrypted record {name[:80]!r}")
         records[name] = entry
-    if len(roots) != 1 or len(records) > _MOST_RECORDS or sum(e.file_size for e in records.values()) > file.stat().st_size:
+    if len(roots) != 1 or len(records) > _MAX_RECORDS or sum(e.file_size for e in records.values()) > file.stat().st_size:
         raise _refused(file, "records of several archives")
     missing = {_PROGRAM, _WEIGHTS, _CONSTANTS, "archive_format"} - records.keys()
     if missing:
@@ -145,12 +145,12 @@ def _parsed(
     if entry.file_size > _LARGEST_JSON:
         raise _refused(file, f"{entry.file_size:,} bytes of {name}")
     text = archive.read(entry)
-    if sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
-        raise _refused(file, f"more than {_MOST_VALUES:,} values in {name}")
+    if sum(map(text.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        raise _refused(file, f"more than {_MAX_VALUES:,} values in {name}")
     try:
         return grammar.validate_json(text)
     except ValidationError as error:
-        if error.error_count() > _MOST_EXPLAINED:
+        if error.error_count() > _MAX_EXPLAINED:
             raise _refused(file, f"{name}: {error.error_count():,} errors") from None
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"][-6:]))

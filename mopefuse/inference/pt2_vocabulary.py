@@ -63,15 +63,15 @@ ATEN = frozenset(
 )
 """Operators on tensors, in all their overloads."""
 
-_MOST = 2**48  # elements, and bytes, of anything
+_MAX_ELEMENTS = 2**48  # elements, and bytes, of anything
 _RESERVED = {*keyword.kwlist, *keyword.softkwlist, *dir(builtins), "self", "torch", "math", "device", "inf", "nan"}
 _SYMBOL = re.compile(r"[su]\d{1,6}", re.ASCII)
 _CALLS = {"Add", "Mul", "Max", "Min", "FloorDiv", "CeilDiv", "Mod", "PythonMod"}
 _RELATIONS = {"Equality", "Unequality", "LessThan", "StrictLessThan", "GreaterThan", "StrictGreaterThan", "And", "Or", "Not"}
 _ASSUMPTIONS = {"positive", "integer", "nonnegative"}
-_HIGHEST_POWER = 8
-_DEEPEST = 12
-_MOST_TERMS = 300  # terms of a size that is multiplied out, as sympy does to compare sizes
+_MAX_POWER = 8
+_MAX_DEPTH = 12
+_MAX_TERMS = 300  # terms of a size that is multiplied out, as sympy does to compare sizes
 
 
 def _name(text: str) -> str:
@@ -116,7 +116,7 @@ def _check_expression(node: ast.expr, depth: int) -> int:
     """The number of terms of a size once it is multiplied out; anything that is not part of a size is rejected."""
     if isinstance(node, ast.Name) and node.id in ("true", "false"):
         return 1
-    if depth > _DEEPEST or not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+    if depth > _MAX_DEPTH or not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         raise ValueError("this is not an expression of a size")
     name, values, terms = node.func.id, [_constant(value) for value in node.args], 1
     words = {word.arg for word in node.keywords if _constant(word.value) is True}
@@ -124,7 +124,7 @@ def _check_expression(node: ast.expr, depth: int) -> int:
         fits = len(values) == 1 and isinstance(values[0], str) and _SYMBOL.fullmatch(values[0]) is not None
         fits = fits and words <= _ASSUMPTIONS
     elif name == "Integer":
-        fits = len(values) == 1 and type(values[0]) is int and abs(values[0]) < _MOST
+        fits = len(values) == 1 and type(values[0]) is int and abs(values[0]) < _MAX_ELEMENTS
     elif name == "Pow" and len(values) == 2:
         power = _small_power(node.args[1])
         fits, terms = power is not None, _check_base(node.args[0], depth + 1) ** (power or 1)
@@ -134,7 +134,7 @@ def _check_expression(node: ast.expr, depth: int) -> int:
         terms = sum(of_each) if name == "Add" else prod(of_each) if name == "Mul" else 1
     if not fits or len(node.keywords) != (len(words) if name == "Symbol" else 0):
         raise ValueError(f"{name}(...) is not part of a size")
-    if terms > _MOST_TERMS:
+    if terms > _MAX_TERMS:
         raise ValueError("a size of too many terms")
     return terms
 
@@ -148,8 +148,8 @@ def _check_base(node: ast.expr, depth: int) -> int:
 
 def _small_power(node: ast.expr) -> int | None:
     power = _constant(node.args[0]) if isinstance(node, ast.Call) and len(node.args) == 1 else None
-    _check_expression(node, _DEEPEST)
-    return power if isinstance(power, int) and 2 <= power <= _HIGHEST_POWER else None
+    _check_expression(node, _MAX_DEPTH)
+    return power if isinstance(power, int) and 2 <= power <= _MAX_POWER else None
 
 
 def _constant(node: ast.expr) -> object:
@@ -173,6 +173,6 @@ Symbol = Annotated[str, StringConstraints(pattern=r"^[su][0-9]{1,6}$")]
 Target = Annotated[str, StringConstraints(max_length=200), AfterValidator(_operator)]
 Expr = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_(),=' -]*$", max_length=4000), AfterValidator(_expression)]
 Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Count = Annotated[int, Field(ge=0, lt=_MOST)]
+Count = Annotated[int, Field(ge=0, lt=_MAX_ELEMENTS)]
 Float = float | Literal["Infinity", "-Infinity", "NaN"]
 Dtype = Annotated[int, AfterValidator(_dtype)]

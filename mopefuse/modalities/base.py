@@ -205,8 +205,8 @@ def prepare_values(name: str, values: Sequence[Any]) -> list[Any]:
     return [None if value is None else modality.prepare(value, where=f"sample {i}") for i, value in enumerate(values)]
 
 
-def require_values(name: str, values: Mapping[str, Sequence[Any]], who: str) -> Sequence[Any]:
-    """Get the values of a modality that `who` reads.
+def require_values(name: str, values: Mapping[str, Sequence[Any]], consumer: str) -> Sequence[Any]:
+    """Get the values of a modality that `consumer` reads.
 
     Raises:
         DataError: there are no values of it.
@@ -215,7 +215,7 @@ def require_values(name: str, values: Mapping[str, Sequence[Any]], who: str) -> 
         got = " and ".join(values) or "nothing"
         raise DataError(
             DataCode.WRONG_VALUE_KIND,
-            f"{who} reads {name}, but got {got}",
+            f"{consumer} reads {name}, but got {got}",
             fix=f"pass {get_modality(name).plural}, or None for each sample",
         )
     return values[name]

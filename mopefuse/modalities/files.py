@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # bundles run without pydantic
     from mopefuse.config.schema import Data as DataConfig
 
 MISSING = DataCode.FILE_NOT_FOUND.text
-_MOST_FOLDERS = 100  # in which missing files are looked for
+_MAX_FOLDERS = 100  # in which missing files are looked for
 _KINDS = {PathCode.OUTSIDE_ROOT.text: "unsafe-path", MISSING: "missing-file", DataCode.NOT_A_REGULAR_FILE.text: "not-a-file"}
 
 
@@ -188,7 +188,7 @@ def root_to_name(roots: Sequence[Path], names: Sequence[str]) -> str:
 
 def _folders(parent: Path) -> list[Path]:
     try:
-        return sorted(item for item in parent.iterdir() if item.is_dir())[:_MOST_FOLDERS]
+        return sorted(item for item in parent.iterdir() if item.is_dir())[:_MAX_FOLDERS]
     except OSError:
         return []
 

@@ -70,13 +70,13 @@ def open_image(roots: Sequence[Path], relative: str, *, where: str, max_pixels: 
 
 
 def _decoded(
-    content: bytes, relative: str, *, where: str, max_pixels: int, glance: bool = False
+    content: bytes, relative: str, *, where: str, max_pixels: int, verify_only: bool = False
 ) -> tuple[Image.Image, tuple[int, int]]:
     """Decode an image.
 
     Args:
-        glance: only find out whether it can be decoded: a JPEG is read completely but decoded at an eighth of its size, which
-            takes a fraction of the time.
+        verify_only: only find out whether it can be decoded: a JPEG is read completely but decoded at an eighth of its size,
+            which takes a fraction of the time.
 
     Returns:
         The image as upright RGB, and its (width, height) as stored.
@@ -87,7 +87,7 @@ def _decoded(
         if size[0] * size[1] > max_pixels:
             what = f"{relative} has {size[0]} x {size[1]} pixels, more than {max_pixels:,}"
             raise DataError(DataCode.TOO_MANY_PIXELS, what, where=where, fix="shrink the image, or raise data.max_pixels")
-        if not glance:
+        if not verify_only:
             return upright_rgb(image), size
         image.draft(None, (size[0] // 8, size[1] // 8))
         image.load()
@@ -193,7 +193,7 @@ class Images(Files):
 
     def inspect(self, content: bytes, name: str, config: DataConfig) -> FileInfo:
         """See `Files.inspect`; a JPEG is decoded at an eighth of its size."""
-        image, (width, height) = _decoded(content, name, where="", max_pixels=config.max_pixels, glance=True)
+        image, (width, height) = _decoded(content, name, where="", max_pixels=config.max_pixels, verify_only=True)
         return FileInfo(width=width, height=height, animated=_animated(image))
 
     def limits(self, config: DataConfig) -> tuple[object, ...]:

@@ -52,7 +52,7 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Hashing:
+class HashingVocabulary:
     """Tokenizes without a vocabulary: the id is the crc32 of the lower-cased word modulo `vocabulary`, without special ids.
 
     For encoders with random weights, in tests and benchmarks.

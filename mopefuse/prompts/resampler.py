@@ -51,7 +51,7 @@ class Resampler(nn.Module):
         self.key = nn.Linear(bottleneck, bottleneck, bias=False) if queries else None
         self.absent_C: nn.Parameter | None = None
 
-    def learn_absence(self) -> None:
+    def add_missing_token(self) -> None:
         """Add a trainable token, the only one of a sample that lacks the modality; without it, this token is 0."""
         self.absent_C = nn.Parameter(torch.zeros(self.width))
 

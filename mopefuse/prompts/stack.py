@@ -200,12 +200,12 @@ class PromptStack(nn.Module):
         with self._removed.set(kind):
             yield
 
-    def learn_absence(self, names: Sequence[str]) -> None:
+    def add_missing_tokens(self, names: Sequence[str]) -> None:
         """Add a trainable token to the resampler of each of `names`, for samples that lack its modality."""
         for name in names if len(self.resamplers) else ():
             resampler = self.resamplers[name]
             assert isinstance(resampler, Resampler)
-            resampler.learn_absence()
+            resampler.add_missing_token()
 
     def condition(
         self, psi_BC: Mapping[str, Tensor], tokens: Mapping[str, ConditionTokens] | None = None

@@ -18,7 +18,7 @@ UNUSED = 0.05
 """An expert whose load is below this fraction of a balanced load is unused."""
 
 _PRIOR = 10.0  # total pseudo-count of the prior of `words_of_experts`
-_MOST_WORDS = 20_000
+_MAX_WORDS = 20_000
 _NOTABLE = 1.96  # z-score that one word in forty exceeds by chance
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 
@@ -91,7 +91,7 @@ def words_of_experts(weights_SK: Tensor, texts: Sequence[str], *, most: int = 6)
         For each expert (word, z-score), highest first, at most `most`.
     """
     found = [sorted(set(_WORD.findall(text.lower()))) for text in texts]
-    frequent = Counter(word for words in found for word in words).most_common(_MOST_WORDS)
+    frequent = Counter(word for words in found for word in words).most_common(_MAX_WORDS)
     vocabulary = {word: number for number, (word, _) in enumerate(frequent)}
     if not vocabulary:
         return [[] for _ in range(weights_SK.shape[1])]

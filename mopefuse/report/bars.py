@@ -16,7 +16,7 @@ _NAME, _BAR_NAME = 18, 28  # characters of a name next to a heat map, and next t
 _BINS = 32  # number of bins in a histogram
 _PLACES = 20  # in a decade of an axis of image sizes, if there are many distinct ones
 _LISTED = 40  # sizes in the table of numbers
-_MOST_SIZES = 400
+_MAX_SIZES = 400
 
 
 def bars(
@@ -179,7 +179,7 @@ def sizes(name: str, label: str, found: Iterable[tuple[int, int]]) -> Chart | No
     counts = Counter(found)
     if not counts:
         return None
-    many = len(counts) > _MOST_SIZES
+    many = len(counts) > _MAX_SIZES
     groups: Counter[tuple[float, float]] = Counter()
     for (width, height), number in counts.items():
         groups[(_rounded(width), _rounded(height)) if many else (width, height)] += number

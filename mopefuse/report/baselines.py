@@ -26,8 +26,8 @@ from mopefuse.studies.study_file import STUDY_FILE
 
 SIMPLER = ("linear", "mlp", "late-concat", "main-only", "comp-only")
 """Methods that a fusion method has to beat."""
-_MOST_FOLDERS = 200  # maximum number of folders next to a run that are examined
-_MOST_ABOVE = 3  # number of folders above a run that may be the folder of its study
+_MAX_FOLDERS = 200  # maximum number of folders next to a run that are examined
+_MAX_ABOVE = 3  # number of folders above a run that may be the folder of its study
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,13 @@ def find_baselines(run: RunFolder, split: str, metric: str) -> tuple[Baseline, .
 
 def _beside(run: Path) -> Iterator[Path]:
     try:
-        yield from islice((path for path in sorted(run.resolve().parent.iterdir()) if path.is_dir()), _MOST_FOLDERS)
+        yield from islice((path for path in sorted(run.resolve().parent.iterdir()) if path.is_dir()), _MAX_FOLDERS)
     except OSError:
         return
 
 
 def _of_study(run: Path) -> Iterator[Path]:
-    for folder in run.resolve().parents[:_MOST_ABOVE]:
+    for folder in run.resolve().parents[:_MAX_ABOVE]:
         if (folder / STUDY_FILE).is_file():
             try:
                 cells = study_facts(folder)["cells"]

@@ -9,7 +9,7 @@ from typing import Any
 from mopefuse.core.formatting import share
 from mopefuse.report.chart import Chart, data_of, make_chart, plain, readable, short_names, zoom
 
-MOST_NAMED = 15  # points of a scatter that have a legend
+MAX_NAMED = 15  # points of a scatter that have a legend
 _NAME = 44  # characters of a name in a legend
 _FEW = 40  # points of a curve that are marked
 _ZOOM_FROM = 8  # distinct places of a curve that are worth a zoom
@@ -88,7 +88,7 @@ def scatter(name: str, label: str, points: Sequence[Curve], *, across: str, up: 
     import altair as alt
 
     shown = share if percent else plain
-    named = len(points) <= MOST_NAMED
+    named = len(points) <= MAX_NAMED
     names = short_names([f"{number} {point.name}" for number, point in enumerate(points, 1)], _NAME)
     rows = []
     for number, (point, short) in enumerate(zip(points, names, strict=True), 1):

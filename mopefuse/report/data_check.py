@@ -17,10 +17,10 @@ from mopefuse.report.data_pictures import Picture, first_bytes
 from mopefuse.report.pages import dump, render
 from mopefuse.report.row_values import picture_of, text_of
 
-_MOST_OFFENDERS = 60
-_MOST_LISTED = 200  # maximum number of findings per kind
-_MOST_LABELS = 30  # before the rest is folded
-_MOST_FOLDED = 2000
+_MAX_OFFENDERS = 60
+_MAX_LISTED = 200  # maximum number of findings per kind
+_MAX_LABELS = 30  # before the rest is folded
+_MAX_FOLDED = 2000
 _LATER = ("val", "test")
 _TEXT = 600  # characters of a text next to a picture
 _DAMAGED = ("truncated-image", "empty-image", "wrong-format-image", "unreadable-image")
@@ -91,7 +91,7 @@ def _kinds(report: Report) -> list[dict[str, Any]]:
             "count": len(found),
             "first": found[0].place,
             "fix": report.fix(kind),
-            "listed": found[:_MOST_LISTED],
+            "listed": found[:_MAX_LISTED],
         }
         for kind, found in report.by_kind().items()
     ]
@@ -167,7 +167,7 @@ def _balance(report: Report) -> list[list[dict[str, Any]]]:
         }
         for label, counts in report.balance.items()
     ]
-    groups = [labels[:_MOST_LABELS], labels[_MOST_LABELS:_MOST_FOLDED]]
+    groups = [labels[:_MAX_LABELS], labels[_MAX_LABELS:_MAX_FOLDED]]
     return [group for group in groups if group]
 
 
@@ -178,7 +178,7 @@ def _worst(report: Report) -> list[Finding]:
     """Findings to show, alternating between kinds, so that a frequent kind does not hide the others."""
     groups = [found for kind, found in report.by_kind().items() if kind in _SHOWN]
     turns = [finding for turn in zip_longest(*groups) for finding in turn if finding is not None]
-    chosen = set(map(id, turns[:_MOST_OFFENDERS]))
+    chosen = set(map(id, turns[:_MAX_OFFENDERS]))
     return [finding for finding in report.findings if id(finding) in chosen]
 
 

@@ -19,7 +19,7 @@ from mopefuse.report.pages import render
 from mopefuse.report.row_values import other_files, picture_name, picture_of, text_of
 
 _START = 300  # characters of a text that are shown at first
-_MOST = 20_000  # characters of a text that is expanded
+_MAX_CHARACTERS = 20_000  # characters of a text that is expanded
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def preview_page(
         row = read[number]
         found = picture_of(row, roots, max_pixels=config.max_pixels)
         whole = text_of(row)
-        text, length = whole[:_MOST], len(whole)
+        text, length = whole[:_MAX_CHARACTERS], len(whole)
         return Card(
             row.id,
             f"{index.file}:{row.line}",
@@ -65,7 +65,7 @@ def preview_page(
             text,
             text[:_START],
             length > _START,
-            f"… and {length - _MOST:,} characters more" if length > _MOST else "",
+            f"… and {length - _MAX_CHARACTERS:,} characters more" if length > _MAX_CHARACTERS else "",
         )
 
     with ThreadPoolExecutor(processor_count()) as pool:

@@ -21,8 +21,8 @@ from mopefuse.report.run_data import RunFacts
 from mopefuse.report.run_page import run_page, sections
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import OpenRun, open_run
-from mopefuse.runs.locate import find_run, kind_of, locate
-from mopefuse.training.plan import resolved
+from mopefuse.runs.locate import find_run, get_kind, locate
+from mopefuse.training.plan import resolve_defaults
 
 Advance = Callable[[str, int, int], None]  # (what, samples done, samples in all)
 PAGE = "report.html"
@@ -132,7 +132,7 @@ def _facts(
         missing=saved_missing(folder.path, split, step),
         notes=notes,
         baselines=find_baselines(folder, split, selected_metric(multi_label=data.multi_label)),
-        derive=lambda config: resolved(config, opened.model),
+        derive=lambda config: resolve_defaults(config, opened.model),
     )
     return facts, found
 
@@ -143,7 +143,7 @@ def _run_of(run: Path) -> RunFolder:
     Raises:
         CheckpointError: it is something else.
     """
-    kind = kind_of(locate(run))
+    kind = get_kind(locate(run))
     if kind in ("adapter", "bundle"):
         what = f"{run} is {'an adapter' if kind == 'adapter' else 'a bundle'}, which has neither a log nor data"
         raise CheckpointError(CheckpointCode.NO_TRAINING_LOG, what, fix="pass the run that it was exported from")

@@ -8,14 +8,14 @@ from typing import TypeVar
 from markupsafe import Markup
 
 from mopefuse.report.chart import Chart
-from mopefuse.report.curves import MOST_NAMED, Curve, curves, dots, scatter, spans_decades
+from mopefuse.report.curves import MAX_NAMED, Curve, curves, dots, scatter, spans_decades
 from mopefuse.report.pages import Section, fragment
 from mopefuse.report.study_data import StudyFacts
 from mopefuse.report.sweeps import Sweep, sweeps
 from mopefuse.report.themes import SERIES
 from mopefuse.studies.compare import Comparison, Row, Spread
 
-_MOST = SERIES  # curves of one chart
+_MAX_CURVES = SERIES  # curves of one chart
 _ROWS = 60  # maximum number of rows in a dot chart
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ def _parameters(facts: StudyFacts, comparison: Comparison, rows: Sequence[Row]) 
     across = "trainable parameters"
     chart = scatter("parameters", label, points, across=across, up=comparison.metric, percent=True)
     caption = f"{_sentence(label)}: {deviation(rows)}."
-    if len(points) > MOST_NAMED:
+    if len(points) > MAX_NAMED:
         caption += " Numbers refer to the rows of the table, counted from the top."
     return _section("parameters", "Score and parameters", [chart], [caption], half=True)
 
@@ -125,5 +125,5 @@ def _learning(facts: StudyFacts, comparison: Comparison, rows: Sequence[Row]) ->
 
 def _parts(items: Sequence[T]) -> list[Sequence[T]]:
     """As few parts of about equal size as possible, none larger than one chart can show."""
-    count = -(-len(items) // _MOST)
+    count = -(-len(items) // _MAX_CURVES)
     return [items[len(items) * part // count : len(items) * (part + 1) // count] for part in range(count)]

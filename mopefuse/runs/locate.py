@@ -50,7 +50,7 @@ def locate(path: str | Path) -> Path:
             target = folder / "model" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(fetched, target)
-        kind = kind_of(folder / "model")
+        kind = get_kind(folder / "model")
         if kind not in (ADAPTER, "bundle"):
             raise _no_model(repo, text)
         with _errors_name(text):
@@ -96,7 +96,7 @@ def _errors_name(where: str) -> Iterator[None]:
         raise
 
 
-def kind_of(folder: Path) -> str:
+def get_kind(folder: Path) -> str:
     """``run``, ``adapter`` or ``bundle``, according to the manifest of a folder; empty without a manifest."""
     file = folder / MANIFEST
     return str(read_json(file).get("kind", "")) if file.is_file() else ""
@@ -113,7 +113,7 @@ def find_run(path: str | Path) -> RunFolder:
         raise CheckpointError(
             CheckpointCode.NOT_FOUND, f"run not found: {path}", fix="pass a folder written by mopefuse train or mopefuse export"
         )
-    kind = kind_of(folder)
+    kind = get_kind(folder)
     if kind == "bundle":
         fix = "pass the run that it was exported from"
         raise CheckpointError(

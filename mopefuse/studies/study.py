@@ -34,7 +34,7 @@ from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.cell_process import Message, Task, run_cell
 from mopefuse.studies.memory_budget import MemoryBudget, MemoryReport
 from mopefuse.studies.study_file import KIND, STUDY_FILE, Cell, Study
-from mopefuse.training.resume import differing
+from mopefuse.training.resume import diff_settings
 from mopefuse.training.stop_request import StopRequest
 
 WAITING, RUNNING, FINISHED, FAILED, STOPPED = "waiting", "running", "finished", "failed", "stopped"
@@ -68,7 +68,7 @@ def is_finished(cell: Cell, out: Path) -> bool:
     """Whether the run of a cell is finished and has exactly the settings of the cell."""
     run = RunFolder(out / cell.folder)
     try:
-        return run.metrics_file.is_file() and not set(differing(run.config(), cell.config)) - WITHOUT_EFFECT
+        return run.metrics_file.is_file() and not set(diff_settings(run.config(), cell.config)) - WITHOUT_EFFECT
     except MopefuseError:  # damaged; training raises the error
         return False
 

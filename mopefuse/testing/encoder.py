@@ -50,7 +50,7 @@ def _parts(check: PromptChecks) -> list[Part]:
         Part(
             "returns a feature and tokens deterministically",
             check.plain_output,
-            "return Encoded(pooled_BC, tokens_BLD, mask_BL) from _encode, without dropout or other randomness",
+            "return EncoderOutput(pooled_BC, tokens_BLD, mask_BL) from _encode, without dropout or other randomness",
         ),
         Part("a sample does not depend on its batch", lambda: check.does_not_depend_on_the_batch(None), alone),
         Part("a sample alone, without padding, gives the same output", check.without_padding, alone),
@@ -62,8 +62,8 @@ def _parts(check: PromptChecks) -> list[Part]:
 
 
 def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
-    insertable = check.encoder.insertable
-    insert = "accepts inserted tokens" if insertable else "rejects inserted tokens"
+    supported = check.encoder.supports_inserted_tokens
+    insert = "accepts inserted tokens" if supported else "rejects inserted tokens"
     use = "give prompt.tokens_BPD the layer's own norm and projections, and pass keys, values and gate_H to mopefuse's attend"
     keep = "keep nothing on self during a call; use mopefuse.core.threads.PerThread where hooks need it"
     parts = [
@@ -113,11 +113,11 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
         Part(
             insert,
             check.inserted_tokens,
-            "put inserted tokens ahead of the encoder's own and into masks, or set insertable = False",
+            "put inserted tokens ahead of the encoder's own and into masks, or set supports_inserted_tokens = False",
         ),
     ]
     fix = "compute in _run_layer what the layer computes in _encode, with the prompt as more keys and values"
-    return [*parts, Part("each layer run alone gives the same output", check.layers_run_alone, fix)] if insertable else parts
+    return [*parts, Part("each layer run alone gives the same output", check.layers_run_alone, fix)] if supported else parts
 
 
 def _samples(encoder: Encoder) -> list[Any]:

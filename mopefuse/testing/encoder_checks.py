@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopefuse.encoders.base import Encoded, Encoder, Inputs, Prompt, PromptAt
+from mopefuse.encoders.base import Encoder, EncoderOutput, Inputs, Prompt, PromptAt
 from mopefuse.encoders.frozen import encode_pooled
 from mopefuse.errors import EncoderError
 
@@ -42,7 +42,7 @@ class EncoderChecks:
         """Describe a fault, naming the encoder."""
         return f"{self.encoder.spec}: {what}"
 
-    def run(self, inputs: Inputs, prompt_at: PromptAt | None = None) -> Encoded:
+    def run(self, inputs: Inputs, prompt_at: PromptAt | None = None) -> EncoderOutput:
         """Run a forward pass without gradients."""
         with torch.no_grad():
             return self.encoder.encode(inputs, prompt_at)
@@ -55,7 +55,9 @@ class EncoderChecks:
         assert all(type(n) is int and n > 0 for n in (*e.widths, *e.heads, e.feature_width)), self.message(
             "widths, heads and feature_width must be positive integers"
         )
-        assert bool(e.widths) != bool(e.why_not_main), self.message("why_not_main must be set exactly if widths is empty")
+        assert bool(e.widths) != bool(e.unpromptable_reason), self.message(
+            "unpromptable_reason must be set exactly if widths is empty"
+        )
         json.dumps(e.preprocess.describe())
         sizes = {name: tensor.shape[0] for name, tensor in self.inputs.items()}
         count = len(self.values)
@@ -71,7 +73,7 @@ class EncoderChecks:
         assert not training, self.message(f"although frozen, {training[:3]} are in training mode after train()")
 
     def plain_output(self) -> None:
-        """Shapes and types of `Encoded`, and the same values the second time."""
+        """Shapes and types of `EncoderOutput`, and the same values the second time."""
         out, count = self.run(self.inputs), len(self.values)
         assert out.pooled_BC.shape == (count, self.encoder.feature_width), self.message(
             f"pooled feature {tuple(out.pooled_BC.shape)}, expected {(count, self.encoder.feature_width)}"
@@ -126,9 +128,9 @@ class EncoderChecks:
             return
         raise AssertionError(self.message("accepts prompt_at although it has no layer to prompt"))
 
-    def same(self, left: Encoded, right: Encoded, fault: str) -> None:
+    def same(self, left: EncoderOutput, right: EncoderOutput, fault: str) -> None:
         """Require equal values."""
-        for name, a, b in zip(Encoded._fields, left, right, strict=True):
+        for name, a, b in zip(EncoderOutput._fields, left, right, strict=True):
             equal = a is b or (a is not None and b is not None and torch.equal(a, b))
             assert equal, self.message(f"{fault} ({name})")
 

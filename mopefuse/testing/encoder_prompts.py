@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mopefuse.encoders.base import Encoded, Insert, Modulation, Prefix, Prompt, PromptAt
+from mopefuse.encoders.base import EncoderOutput, InsertedTokens, Modulation, Prefix, Prompt, PromptAt
 from mopefuse.errors import EncoderError
 from mopefuse.testing.encoder_checks import PROMPT_TOKENS, EncoderChecks, prompts_at
 
@@ -185,28 +185,28 @@ class PromptChecks(EncoderChecks):
         self.same(self.run(self.inputs), plain, "what is added outlives its call")
 
     def inserted_tokens(self) -> None:
-        """Inserted tokens are rejected, or keep what `Insert` promises."""
+        """Inserted tokens are rejected, or keep what `InsertedTokens` promises."""
         tokens = self.prompts[0]
-        if not self.encoder.insertable:
+        if not self.encoder.supports_inserted_tokens:
             try:
-                self.encoder.encode(self.inputs, None, Insert(tokens))
+                self.encoder.encode(self.inputs, None, InsertedTokens(tokens))
             except EncoderError:
                 return
-            raise AssertionError(self.message("accepts inserted tokens although insertable is False"))
+            raise AssertionError(self.message("accepts inserted tokens although supports_inserted_tokens is False"))
         with torch.no_grad():
             plain = self.encoder.encode(self.inputs)
-            none = self.encoder.encode(self.inputs, None, Insert(tokens[:, :0]))
+            none = self.encoder.encode(self.inputs, None, InsertedTokens(tokens[:, :0]))
             self.same(none, plain, "inserting no token changes the output")
             for blind in range(PROMPT_TOKENS):
-                self._inserted(Insert(tokens, blind), plain)
+                self._inserted(InsertedTokens(tokens, blind), plain)
             self.same(self.encoder.encode(self.inputs), plain, "an inserted token outlives the call that it was given to")
         learned = tokens.clone().requires_grad_()
-        self.encoder.encode(self.inputs, None, Insert(learned)).pooled_BC.square().sum().backward()
+        self.encoder.encode(self.inputs, None, InsertedTokens(learned)).pooled_BC.square().sum().backward()
         assert learned.grad is not None and (learned.grad.abs().sum(dim=(1, 2)) > 0).all(), self.message(
             "inserted tokens get no gradient"
         )
 
-    def _inserted(self, insert: Insert, plain: Encoded) -> None:
+    def _inserted(self, insert: InsertedTokens, plain: EncoderOutput) -> None:
         kind = f"inserted tokens, {insert.blind} of them blind,"
         seen: list[Tensor] = []
 
@@ -218,10 +218,10 @@ class PromptChecks(EncoderChecks):
         assert out.tokens_BLD.shape == plain.tokens_BLD.shape, self.message(f"{kind} are among the returned tokens")
         assert not torch.equal(out.pooled_BC, plain.pooled_BC), self.message(f"{kind} have no effect")
         for index, item in enumerate(self.items):
-            rows = Insert(insert.tokens_BPD[index : index + 1], insert.blind)
+            rows = InsertedTokens(insert.tokens_BPD[index : index + 1], insert.blind)
             alone = self.encoder.encode(self.batch([item]), None, rows)
             self.close(out.pooled_BC[index], alone.pooled_BC[0], f"with {kind} sample {index} depends on the rest of its batch")
-        same = Insert(insert.tokens_BPD[:1].expand_as(insert.tokens_BPD), insert.blind)
+        same = InsertedTokens(insert.tokens_BPD[:1].expand_as(insert.tokens_BPD), insert.blind)
         self.encoder.encode(self.inputs, last, same)
         together = seen[0][:, : insert.blind]
         if insert.blind:

@@ -91,7 +91,8 @@ def _parts(check: FusionChecks) -> list[Part]:
         Part(
             "rejects samples that lack a required modality",
             check.missing_is_refused,
-            "leave collate and requirements as they are, or set takes_several_comps = True if it handles missing modalities",
+            "leave collate and requirements as they are, or set supports_multiple_comps = True "
+            "if it handles missing modalities",
         ),
         Part(
             "handles samples that lack an optional modality",

@@ -108,9 +108,11 @@ class FusionChecks:
         model = self.build().train()
         trainable = model.named_trainable_parameters()
         assert trainable, self.message("has no trainable parameter")
-        learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        odd = sorted(learns ^ trainable.keys())
-        assert not odd, self.message(f"requires_grad of {odd[0]} is {odd[0] in learns}, but is_trainable() disagrees")
+        trainable_names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        mismatched = sorted(trainable_names ^ trainable.keys())
+        assert not mismatched, self.message(
+            f"requires_grad of {mismatched[0]} is {mismatched[0] in trainable_names}, but is_trainable() disagrees"
+        )
         self.loss(model, self.batch(model)).backward()
         for name, parameter in model.named_parameters():
             if name not in trainable:

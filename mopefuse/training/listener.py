@@ -36,6 +36,6 @@ class Listener:
     def on_validation(self, progress: Progress, found: dict[str, float], *, best: bool) -> None:
         """Called after each validation with its metrics."""
 
-    def wants_to_stop(self, progress: Progress, total: int) -> bool:
+    def should_stop(self, progress: Progress, total: int) -> bool:
         """Called after each step; True ends training as early stopping does: the last step is validated."""
         return False

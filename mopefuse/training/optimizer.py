@@ -49,7 +49,7 @@ def make_optimizer(model: Fusion, config: Train) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
 
 
-def factor(config: Train, step: int, total: int) -> float:
+def compute_lr_factor(config: Train, step: int, total: int) -> float:
     """The factor of the peak learning rate at `step` (from 0) of `total`."""
     progress = step / max(1, total)
     warmup = config.warmup or (0.3 if config.schedule == "one-cycle" else 0.0)

@@ -113,11 +113,11 @@ def prepare(config: RunConfig, listener: Listener, device: torch.device | None =
     _require_rows(model, data)
     if device is not None:
         devices.move_to_device(model, device)
-    model.config = resolved(config, model)
+    model.config = resolve_defaults(config, model)
     return Prepared(config=model.config, data=data, model=model)
 
 
-def resolved(config: RunConfig, model: Fusion) -> RunConfig:
+def resolve_defaults(config: RunConfig, model: Fusion) -> RunConfig:
     """`config` with every default that depends on the encoders replaced by its value."""
     modality_of = {side: model.encoder(side).modality for side in model.uses}
     tuned = [side for side in model.uses if model.encoder(side).tuned]

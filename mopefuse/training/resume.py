@@ -22,17 +22,17 @@ MAY_CHANGE = frozenset(
 _RESOLVED = {"data.cache_prefix": "auto"}  # values that a run replaces when it begins, besides None
 
 
-def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
+def merge_resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
     """The configuration that a resumed run continues with, and its changes as ``path: old -> new``.
 
     Args:
-        new: settings that are not resolved here keep their saved value, see `differing`.
+        new: settings that are not resolved here keep their saved value, see `diff_settings`.
 
     Raises:
         ConfigError: a change to a setting that defines the run: its encoders, prompts, data or optimization.
     """
     before, after = _values(full_specs(saved)), _values(full_specs(new))
-    changed = differing(saved, new)
+    changed = diff_settings(saved, new)
     refused = [f"{key} (it was {before[key]}, now {after[key]})" for key in changed if key not in MAY_CHANGE]
     if refused:
         raise ConfigError(
@@ -47,7 +47,7 @@ def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
     return build_config(values), [f"{key}: {before[key]} -> {after[key]}" for key in changed]
 
 
-def differing(saved: RunConfig, new: RunConfig) -> list[str]:
+def diff_settings(saved: RunConfig, new: RunConfig) -> list[str]:
     """Paths of the settings that differ in a new configuration; those that a run resolves (None, auto) do not count."""
     before, after = _values(full_specs(saved)), _values(full_specs(new))
     return [key for key in before if before[key] != after[key] and after[key] not in (None, _RESOLVED.get(key))]

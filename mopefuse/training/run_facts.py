@@ -25,14 +25,14 @@ def run_facts(config: RunConfig, data: DataSet, model: Fusion) -> dict[str, Any]
     }
 
 
-def drawn_ids(config: DataConfig, data: DataSet) -> dict[str, list[str]]:
+def sampled_ids(config: DataConfig, data: DataSet) -> dict[str, list[str]]:
     """Ids of the rows of each split that was drawn or held out at random; empty if the files define all splits."""
     drawn = {"train"} if config.shots or config.fraction or config.val_fraction or config.test_fraction else set()
     drawn |= {name for name, share in (("val", config.val_fraction), ("test", config.test_fraction)) if share}
     return {name: [row.id for row in data.splits[name].rows] for name in SPLITS if name in drawn}
 
 
-def versions() -> dict[str, str]:
+def get_versions() -> dict[str, str]:
     """Versions of the software that a result depends on."""
     names = ("torch", "torchvision", "timm", "transformers", "open_clip_torch", "numpy")
-    return {"mopefuse": __version__, "python": platform.python_version(), **description.versions(names)}
+    return {"mopefuse": __version__, "python": platform.python_version(), **description.get_versions(names)}

@@ -26,7 +26,7 @@ from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import Loaded, load_model, with_data_path
 from mopefuse.runs.locate import find_run
 from mopefuse.training.listener import Listener
-from mopefuse.training.plan import resolved
+from mopefuse.training.plan import resolve_defaults
 from mopefuse.training.train import train
 from mopefuse.training.trainer import Start
 from mopefuse.training.transfer_weights import Transferred, transfer_weights
@@ -112,7 +112,7 @@ def swap_encoder(
                 listener.on_notice(f"the new {side} encoder takes {now} input, but the old one takes {before}")
         # 2. The weights that the new model inherits.
         state, transferred = transfer_weights(old.model, model, old.manifest["labels"], labels)
-        start = Start(state, tuple(entry.name for entry in transferred if entry.fate == "new"), warm_up)
+        start = Start(state, tuple(entry.name for entry in transferred if entry.origin == "new"), warm_up)
         # 3. Training, and what it is compared with.
         known = source.result().get("metrics") if data is None else None
         metrics = {"before": known} if known else {}
@@ -185,6 +185,6 @@ def _derived_settings(config: RunConfig, model: Fusion) -> list[tuple[str, str]]
     for section, key in candidates:
         saved = getattr(config, section)
         blank = config.model_copy(update={section: saved.model_copy(update={key: None})})
-        if getattr(getattr(resolved(blank, model), section), key) == getattr(saved, key):
+        if getattr(getattr(resolve_defaults(blank, model), section), key) == getattr(saved, key):
             derived.append((section, key))
     return derived

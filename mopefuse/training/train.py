@@ -27,8 +27,8 @@ from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import check_encoders
 from mopefuse.training.listener import Listener
 from mopefuse.training.plan import Prepared, prepare
-from mopefuse.training.resume import resumed
-from mopefuse.training.run_facts import drawn_ids, versions
+from mopefuse.training.resume import merge_resumed
+from mopefuse.training.run_facts import get_versions, sampled_ids
 from mopefuse.training.start_layer import PrefixTables, prepare_prefixes
 from mopefuse.training.stop_request import StopRequest
 from mopefuse.training.trainer import Start, Trainer
@@ -116,7 +116,7 @@ def _train(
     trainer = Trainer(prepared.config, prepared.data, prepared.model, folder, device, listener, prefixes)
     if facts["warm_up"]:
         trainer.warm_up(**facts["warm_up"])
-    if (result := _go_to_start(trainer, folder, prepared, origin, facts)) is not None:
+    if (result := _restore_or_initialize(trainer, folder, prepared, origin, facts)) is not None:
         return result
     # 5. Steps and validations.
     with StopRequest() as stop:
@@ -141,7 +141,7 @@ def _resume(folder: RunFolder, config: RunConfig, listener: Listener) -> _Origin
     facts = distributed.run_on_main(lambda: folder.manifest() if folder.can_resume() else None)
     if facts is None:
         return None
-    config, changes = distributed.run_on_main(lambda: resumed(folder.config(), config))
+    config, changes = distributed.run_on_main(lambda: merge_resumed(folder.config(), config))
     for change in changes:
         listener.on_notice(f"changed: {change}")
     return _Origin(config, facts, distributed.run_on_main(lambda: _initial_weights(folder)))
@@ -188,7 +188,7 @@ def _same_run(folder: RunFolder, prepared: Prepared, facts: dict[str, Any]) -> d
     return facts
 
 
-def _go_to_start(
+def _restore_or_initialize(
     trainer: Trainer, folder: RunFolder, prepared: Prepared, origin: _Origin, facts: dict[str, Any]
 ) -> dict[str, Any] | None:
     """Bring the trainer to the step to continue from: a checkpoint, given or fitted weights, or scratch.
@@ -228,8 +228,8 @@ def _continue(folder: RunFolder, prepared: Prepared, facts: dict[str, Any], trai
 
 def _write_settings(folder: RunFolder, prepared: Prepared, facts: dict[str, Any]) -> None:
     folder.start(prepared.config, facts)
-    if drawn := drawn_ids(prepared.config.data, prepared.data):
-        write_atomically(folder.path / "splits.json", dump_json(drawn))
+    if sampled := sampled_ids(prepared.config.data, prepared.data):
+        write_atomically(folder.path / "splits.json", dump_json(sampled))
 
 
 def _finish(
@@ -257,7 +257,7 @@ def _finish(
         },
         "rows": {name: len(split.rows) for name, split in data.splits.items()},
         "seed": trainer.config.seed,
-        "versions": versions(),
+        "versions": get_versions(),
     }
     distributed.run_on_main(lambda: write_atomically(folder.metrics_file, dump_json(result)))
     return result

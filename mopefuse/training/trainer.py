@@ -37,7 +37,13 @@ from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import get_thresholds
 from mopefuse.training.duration import Duration, evaluation_steps
 from mopefuse.training.listener import Listener, Progress
-from mopefuse.training.optimizer import factor, load_optimizer_state, make_optimizer, optimizer_state, set_learning_rate
+from mopefuse.training.optimizer import (
+    compute_lr_factor,
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+    set_learning_rate,
+)
 from mopefuse.training.start_layer import SPLITS, PrefixTables
 from mopefuse.training.step import Backward
 from mopefuse.training.stop_request import StopRequest
@@ -221,7 +227,7 @@ class Trainer:
                     f"at step {self.progress.step} of {self.total}, its checkpoint has been saved",
                     fix="continue with --resume",
                 )
-            if distributed.max_over_processes(int(self.listener.wants_to_stop(self.progress, self.total)), self.device):
+            if distributed.max_over_processes(int(self.listener.should_stop(self.progress, self.total)), self.device):
                 break
         if self.progress.validated != self.progress.step:
             self._validate()
@@ -239,7 +245,7 @@ class Trainer:
     def _step(self, batch: Batch, global_batch: list[int]) -> tuple[float, float]:
         """One optimizer step; returns the loss of the global batch and the learning rate."""
         config, step = self.config, self.progress.step
-        set_learning_rate(self.optimizer, factor(config.train, step, self.total))
+        set_learning_rate(self.optimizer, compute_lr_factor(config.train, step, self.total))
         self.optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(derive_seed(config.seed, step, distributed.rank()))
         has_share = bool(process_share(global_batch, distributed.rank(), distributed.world_size()))

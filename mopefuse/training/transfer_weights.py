@@ -20,7 +20,7 @@ from mopefuse.config.encoder_sides import is_comp
 from mopefuse.encoders.base import Encoder
 from mopefuse.fusion.base import Fusion
 
-Fate = Literal["kept", "projected", "new"]
+Origin = Literal["kept", "partial", "new"]
 
 
 class Transferred(NamedTuple):
@@ -32,7 +32,7 @@ class Transferred(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    fate: Fate
+    origin: Origin
     kept: int
 
 
@@ -53,9 +53,9 @@ def transfer_weights(
         elif name in known and known[name].shape == value.shape and _encoder_stays(new.dependency_of(name), old, new):
             value.copy_(known[name])
             kept = value.numel()
-        fate: Fate = "new" if not kept else "kept" if kept == value.numel() else "projected"
+        origin: Origin = "new" if not kept else "kept" if kept == value.numel() else "partial"
         state[name] = value
-        transferred.append(Transferred(name=name, shape=tuple(tensor.shape), fate=fate, kept=kept))
+        transferred.append(Transferred(name=name, shape=tuple(tensor.shape), origin=origin, kept=kept))
     return state, transferred
 
 

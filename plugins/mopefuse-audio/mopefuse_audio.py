@@ -25,7 +25,7 @@ from mopefuse_audio_clips import Clip, Samples, clip_of
 from torch import Tensor
 
 from mopefuse.core.registry import Spec
-from mopefuse.encoders import BuiltIn, Encoded, Family, Inputs, Source, TransformersEncoder, mean_of
+from mopefuse.encoders import BuiltIn, EncoderOutput, Family, Inputs, Source, TransformersEncoder, mean_of
 from mopefuse.errors import EncoderError
 
 _SECONDS = 10.0
@@ -89,18 +89,18 @@ class AudioEncoder(TransformersEncoder):
         noise = np.random.default_rng(0).standard_normal((2, 8000)).astype(np.float32)
         return self.preprocess.batch([self.preprocess.item((clip, 16000)) for clip in noise])
 
-    def _run(self, inputs: Inputs) -> Encoded:
+    def _run(self, inputs: Inputs) -> EncoderOutput:
         if "mel" in inputs:
             self._call.mask_BL = inputs["mask"]
             tokens_BLD: Tensor = self.backbone(inputs["mel"]).last_hidden_state
-            return Encoded(mean_of(tokens_BLD, inputs["mask"]), tokens_BLD, inputs["mask"])
+            return EncoderOutput(mean_of(tokens_BLD, inputs["mask"]), tokens_BLD, inputs["mask"])
         mask_BT = inputs["mask"]
         frames_B = self.backbone._get_feat_extract_output_lengths(mask_BT.sum(dim=1))
         count = int(self.backbone._get_feat_extract_output_lengths(mask_BT.shape[1]))
         mask_BL = self._call.mask_BL = torch.arange(count, device=mask_BT.device)[None] < frames_B[:, None]
         fixed = self.preprocess.length is not None  # type: ignore[attr-defined]
         out = self.backbone(inputs["audio"], attention_mask=None if fixed else mask_BT.long())
-        return Encoded(mean_of(out.last_hidden_state, mask_BL), out.last_hidden_state, mask_BL)
+        return EncoderOutput(mean_of(out.last_hidden_state, mask_BL), out.last_hidden_state, mask_BL)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from mopefuse.config.schema import Data
 from mopefuse.errors import DataError
 from mopefuse.modalities.files import FileInfo, Files
 
-MOST = 300_000_000  # samples of a clip, all channels together: 100 minutes in stereo at 25 kHz
+MAX_SAMPLES = 300_000_000  # samples of a clip, all channels together: 100 minutes in stereo at 25 kHz
 _BLOCK = 1 << 20  # samples decoded at a time, to be checked
 Samples = NDArray[np.float32]
 
@@ -62,8 +62,8 @@ class Clip:
         try:
             with soundfile.SoundFile(io.BytesIO(self.content)) as file:
                 count = file.frames * file.channels
-                if count > MOST:
-                    what = f"{self.name} has {count:,} samples, more than {MOST:,}"
+                if count > MAX_SAMPLES:
+                    what = f"{self.name} has {count:,} samples, more than {MAX_SAMPLES:,}"
                     raise DataError(201, what, where=self.where, fix="cut it into shorter clips")
                 self._check_samples(file)
         except (soundfile.SoundFileError, ValueError) as error:

@@ -168,9 +168,9 @@ def compose(split: str, rows: int, seed: int) -> Split:
 
 
 @with_options(
-    Option("train", 16000, "Rows of the training split.", least=1),
-    Option("val", 1000, "Rows of the validation split.", least=1),
-    Option("test", 2000, "Rows of the test split.", least=1),
+    Option("train", 16000, "Rows of the training split.", minimum=1),
+    Option("val", 1000, "Rows of the validation split.", minimum=1),
+    Option("test", 2000, "Rows of the test split.", minimum=1),
 )
 def make(
     folder: Path, *, seed: int = 0, train: int = 16000, val: int = 1000, test: int = 2000

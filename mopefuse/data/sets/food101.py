@@ -37,8 +37,8 @@ class Food101(Source):
     declared_options: ClassVar[tuple[Option, ...]] = (
         Option("text", None, "Text to use. Default: the only one that the files have.", choices=("page", "title")),
         Option("clean", False, "Keep only the words of a text, in lower case."),
-        Option("val", 5000, "Rows to hold out as val; without it a fifth, if there are few.", least=1),
-        Option("seed", 0, "Random seed of the held-out rows.", least=0),
+        Option("val", 5000, "Rows to hold out as val; without it a fifth, if there are few.", minimum=1),
+        Option("seed", 0, "Random seed of the held-out rows.", minimum=0),
     )
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
 

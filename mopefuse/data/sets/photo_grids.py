@@ -61,11 +61,11 @@ class _Photos:
 
 @with_options(
     Option("photos", None, "Data set with labelled photos: a folder or a table that train reads."),
-    Option("grid", 2, "Photos in each row and column of an image: 2 or 3.", least=2),
-    Option("size", 112, "Width and height of an image in pixels.", least=16),
-    Option("train", 3000, "Rows of the training split.", least=1),
-    Option("val", 400, "Rows of the validation split.", least=1),
-    Option("test", 1000, "Rows of the test split.", least=1),
+    Option("grid", 2, "Photos in each row and column of an image: 2 or 3.", minimum=2),
+    Option("size", 112, "Width and height of an image in pixels.", minimum=16),
+    Option("train", 3000, "Rows of the training split.", minimum=1),
+    Option("val", 400, "Rows of the validation split.", minimum=1),
+    Option("test", 1000, "Rows of the test split.", minimum=1),
 )
 def make(
     folder: Path,

@@ -62,7 +62,7 @@ def test_every_family_satisfies_the_contract(name: str, folders: dict[str, Path]
     assert encoder.modality == "audio"
     assert len(encoder.widths) == (0 if name == "wavlm" else 3)
     if not encoder.widths:
-        assert "transformers has no scaled-dot-product attention for it" in encoder.why_not_main
+        assert "transformers has no scaled-dot-product attention for it" in encoder.unpromptable_reason
 
 
 @pytest.mark.parametrize("name", CASES)

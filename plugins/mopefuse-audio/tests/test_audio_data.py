@@ -252,7 +252,7 @@ def test_damaged_clips_are_refused(content: bytes, message: str) -> None:
 
 
 def test_a_clip_may_not_be_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mopefuse_audio_clips.MOST", len(TONE) - 1)
+    monkeypatch.setattr("mopefuse_audio_clips.MAX_SAMPLES", len(TONE) - 1)
     with pytest.raises(DataError, match="8,000 samples, more than 7,999"):
         Clip(written(TONE), "a.wav").check()
 

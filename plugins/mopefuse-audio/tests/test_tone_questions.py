@@ -72,6 +72,6 @@ def test_swap_encoder_selects_an_encoder_by_its_modality(folder: Path) -> None:
     done = call("swap-encoder", folder / "run", "--comp", f"audio=audio:{whisper}", "-o", folder / "swapped", "--json")
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["encoders"]["comp2"].endswith(str(whisper)) and result["encoders"]["comp"] == "tiny:text"
-    fates = {entry["name"]: entry["fate"] for entry in result["tensors"]}
-    assert fates["stack.router.weight_NKC"] == fates["head.weight"] == "kept"
-    assert fates["stack.router.others.comp2"] == fates["absent.comp2"] == "new"
+    origins = {entry["name"]: entry["origin"] for entry in result["tensors"]}
+    assert origins["stack.router.weight_NKC"] == origins["head.weight"] == "kept"
+    assert origins["stack.router.others.comp2"] == origins["absent.comp2"] == "new"
