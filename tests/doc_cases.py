@@ -9,6 +9,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import pytest
 from conftest import call, make_pairs, torchrun, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,14 +29,17 @@ def commands(text: str) -> list[list[str]]:
 
 
 def run_command(words: list[str]) -> None:
-    """Run one command in this process, with training cut to three steps."""
-    short = ["--set", "train.max_steps=3", "--device", "cpu"] if "train" in words and "--resume" not in words else []
+    """Run one command in this process. Training is cut to three steps, and the simple models before it to a few."""
+    trains = ("train" in words and "--resume" not in words) or words[1] == "study"
+    short = ["--set", "device=cpu", "--set", "train.max_steps=3", "--set", "linear.strengths=[1]"] if trains else []
     if words[0] == "torchrun":
         assert words[1:5] == ["--nproc-per-node", "2", "-m", "mopefuse"], words
         done = torchrun(2, *words[5:], *short)
     else:
         assert words[0] == "mopefuse", words
-        done = call(*words[1:], *short)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mopefuse.fusion.mlp_fit._MAX_EPOCHS", 3)
+            done = call(*words[1:], *short)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
 
 
