@@ -268,9 +268,7 @@ def test_a_changed_archive_loads_or_is_refused(seed: int, pt2: Path, content: pt
         shutil.copyfile(file, bundle / "model.pt2")
         tried = Bundle(bundle, "cpu", manifest={"model": "pt2"})
         tried.run({name: tensor.numpy() for name, tensor in sample().items()})
-    except CheckpointError:
+    except (CheckpointError, NumericError):  # the latter for a weight that became NaN
         pass
-    except NumericError as error:  # a changed weight
-        assert "NaN or infinite" in str(error)
     assert not canary.exists()
 

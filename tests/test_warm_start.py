@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import call, make_pairs, matrix, plain_config
 
+from mopefuse.config.schema import RunConfig
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.core.tensor_files import read_tensors
 from mopefuse.data.feature_cache import split_features
@@ -196,6 +197,23 @@ def test_a_later_step_must_exceed_step_0_by_more_than_noise(
     scores = read_tensors(RunFolder(tmp_path / "free").checkpoint("last")[0] / "start-scores.safetensors")["score_S"]
     log = RunFolder(tmp_path / "free").read_log()
     assert float(scores.mean()) == pytest.approx(next(line["val"]["accuracy"] for line in log if line["step"] == 0))
+
+
+def test_training_continues_while_it_improves_although_step_0_is_not_exceeded(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mopefuse.training.trainer.exceeds_noise", lambda score_S, start_S: False)
+    settings = config(data, train__epochs=5, train__patience=1, train__lr_head=1e-2, linear__strengths=[1e-6])
+    log = [line for line in train_and_read(settings, tmp_path / "run") if "val" in line]
+    losses = [line["val"]["loss"] for line in log]
+    assert losses[1:-1] == sorted(losses[1:-1], reverse=True) and len(log) > 3, "two validations that improve are needed"
+    still = settings.model_copy(update={"train": settings.train.model_copy(update={"lr": 1e-9, "lr_head": 1e-9})})
+    assert len([line for line in train_and_read(still, tmp_path / "still") if "val" in line]) == 3  # 0, the first, and one more
+
+
+def train_and_read(settings: RunConfig, out: Path) -> list[dict[str, Any]]:
+    train(settings, out)
+    return RunFolder(out).read_log()
 
 
 def test_a_method_without_warm_start_reports_it_as_unused(data: Path, tmp_path: Path) -> None:

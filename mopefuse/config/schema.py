@@ -268,7 +268,9 @@ class Train(Section):
     )
     warmup: float = Field(0.0, ge=0, lt=1, description="fraction of training used for a linear warm-up")
     evals_per_epoch: int = Field(1, ge=1, le=1000, description="evaluations on validation per epoch")
-    patience: int | None = Field(None, ge=1, le=_MANY, description="stop after this many evaluations without improvement")
+    patience: int | None = Field(
+        None, ge=1, le=_MANY, description="stop after this many evaluations in which neither score nor loss improved"
+    )
     modality_dropout: float = Field(
         0.0, ge=0, lt=1, description="fraction of training samples from which each optional modality is removed"
     )

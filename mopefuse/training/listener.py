@@ -12,7 +12,9 @@ class Progress:
     step: int = 0
     best: float | None = None
     best_step: int = 0
-    waited: int = 0  # validations since the best one
+    waited: int = 0  # validations since the last that improved
+    highest: float | None = None  # score of a validation since training began; step 0 does not count
+    lowest_loss: float | None = None  # likewise
     seconds: float = 0.0
     thresholds: list[float] | None = None  # tuned at the last validation
     validated: int | None = None  # step of the last validation

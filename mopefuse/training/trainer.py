@@ -49,6 +49,7 @@ from mopefuse.training.step import Backward
 from mopefuse.training.stop_request import StopRequest
 
 _START_SCORES, _TRAIN_FROM = "start-scores.safetensors", "train-from.safetensors"
+_LESS = 0.999  # factor by which a loss must fall to count as an improvement
 _COLLAPSED = 0.75  # share of unused experts above which to warn of a router collapse
 
 
@@ -299,7 +300,7 @@ class Trainer:
             self._start_S = evaluation.score_S
         elif best and self._start_S is not None:
             best = exceeds_noise(evaluation.score_S, self._start_S)
-        self.progress.waited = 0 if best else self.progress.waited + 1
+        self.progress.waited = 0 if baseline or self._improves(value, found["loss"]) else self.progress.waited + 1
         if best:
             self.progress.best, self.progress.best_step = value, self.progress.step
         self.progress.validated = self.progress.step
@@ -313,6 +314,20 @@ class Trainer:
                 f"entropy {routing['entropy']:.2f} of 1"
             )
         self.listener.on_validation(self.progress, found, best=best)
+
+    def _improves(self, value: float, loss: float) -> bool:
+        """Whether a validation has a higher score, or a loss lower by 0.1 %, than all others since training began.
+
+        Step 0 of a warm start does not count: prompts that have begun to learn may be far below it.
+        """
+        progress, nothing = self.progress, math.inf
+        higher = value > (-nothing if progress.highest is None else progress.highest)
+        lower = loss < _LESS * (nothing if progress.lowest_loss is None else progress.lowest_loss)
+        if higher:
+            progress.highest = value
+        if lower:
+            progress.lowest_loss = loss
+        return higher or lower
 
     def _out_of_patience(self) -> bool:
         patience = self.config.train.patience
