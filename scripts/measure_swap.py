@@ -42,7 +42,7 @@ def main() -> None:
         base = work / "base"
         flags = {"data.path": str(data), "main": "tiny:vision", "comp": "tiny:text"}
         if not RunFolder(base).metrics_file.exists():
-            train(resolve(recipe="digit-questions/demo", flags=flags), base)
+            train(resolve(recipe="digit-questions/short", flags=flags), base)
         print(f"before: {RunFolder(base).result()['metrics']['test']['accuracy']:.4f}")
         for side, spec in (("comp", "tiny:text-b"), ("main", "tiny:vision-b")):
             out = work / f"{side}-swapped"

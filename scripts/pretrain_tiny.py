@@ -1,12 +1,14 @@
-"""Pretrain ``tiny:vision`` and ``tiny:text``, each on its own modality alone, and write the weights of the package.
+"""Pretrain ``tiny:vision``, ``tiny:vision-single`` and ``tiny:text``, each on its own modality alone, and write the weights of
+the package.
 
-    python scripts/pretrain_tiny.py [--only vision|text] [--quick] [--out FOLDER] [--seed N] [--suffix -b]
+    python scripts/pretrain_tiny.py [--only vision|vision-single|text] [--quick] [--out FOLDER] [--seed N] [--suffix -b]
 
 The second encoder of each kind is that of ``--seed 1 --suffix -b``.
 
 Vision learns to read images of one to four coloured digits, painted from the handwriting of the training split of digit
 questions only: each patch predicts the digit and colour of its cell; [CLS] predicts which digits are present, the digit
 and colour of each place, and the digit of each colour. The heads are discarded.
+Vision-single sees one coloured digit at a time, in one of the four cells; [CLS] predicts which, in what colour, and where.
 Text learns to predict masked words, and to recall all words of a text from its pooled feature, on generated descriptions of
 scenes and training questions. It sees no images, no answers, and no question templates that are reserved for the test split.
 
@@ -164,6 +166,7 @@ class Vision:
     """Each patch predicts the digit and colour of its own cell, and [CLS] those of all cells."""
 
     name, steps, lr = "vision", 1200, 2e-3
+    augmented_check = False  # whether accuracies are measured with cells left empty, as in training
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -228,12 +231,39 @@ class Vision:
     @torch.no_grad()
     def accuracies(self) -> dict[str, float]:
         """Measure the accuracy of each head on held-out handwriting, that of the validation split."""
-        outputs = self.outputs(*self.draw("val", 1000, augment=False))
+        outputs = self.outputs(*self.draw("val", 1000, augment=self.augmented_check))
         return {
             name: float((logits.argmax(dim=-1) == target).float().mean())
             for name, (logits, target) in outputs.items()
             if not target.is_floating_point()
         }
+
+
+class SingleDigit(Vision):
+    """Sees one digit at a time; [CLS] predicts which it is, its colour and its cell.
+
+    Embeddings of positions start 25 times as large as in `Vision`. Otherwise frozen attention hardly depends on positions, and
+    prompts learn slowly to attend to one cell.
+    """
+
+    name, steps, augmented_check = "vision-single", 1200, True
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        nn.init.normal_(self.encoder.embed.position_LD, std=0.5)
+        sizes = {"digit": 10, "colour": 4, "cell": 4}
+        self.heads = nn.ModuleDict({name: nn.Linear(self.encoder.feature_width, size) for name, size in sizes.items()})
+
+    def _empty(self, batch: int) -> np.ndarray:
+        """Choose all cells but one."""
+        return self.rng.integers(4, size=(batch, 1)) != np.arange(4)
+
+    def outputs(self, pixels: Tensor, digits_B4: Tensor, colours_B4: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Compute the logits and targets of each head."""
+        cls_BD = self.encoder.encode({"pixels": pixels}).tokens_BLD[:, 0]
+        cell_B1 = digits_B4.argmin(dim=1, keepdim=True)  # an empty cell has 10
+        targets = {"digit": digits_B4.gather(1, cell_B1), "colour": colours_B4.gather(1, cell_B1), "cell": cell_B1}
+        return {name: (self.heads[name](cls_BD), target_B1[:, 0]) for name, target_B1 in targets.items()}
 
 
 def train(task: Vision | Text, steps: int, batch: int = 128) -> None:
@@ -261,7 +291,7 @@ def train(task: Vision | Text, steps: int, batch: int = 128) -> None:
 def main() -> None:
     """Train the requested encoders and write their weights in 16 bits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("vision", "text"), help="instead of both")
+    parser.add_argument("--only", choices=("vision", "vision-single", "text"), help="instead of both")
     parser.add_argument("--quick", action="store_true", help="twenty small steps; the weights are useless")
     parser.add_argument("--out", type=Path, default=Path(str(tiny.WEIGHTS)), help="folder of the weights")
     parser.add_argument("--seed", type=int, default=0)
@@ -273,7 +303,7 @@ def main() -> None:
         tiny.words.cache_clear()
         print("the vocabulary changed: tiny:text must be pretrained again")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for task_type in (Vision, Text):
+    for task_type in (Vision, SingleDigit, Text):
         if arguments.only not in (None, task_type.name):
             continue
         torch.manual_seed(arguments.seed)

@@ -54,7 +54,7 @@ def test_compat_official_sets_defaults_that_explicit_settings_override() -> None
 
 
 def test_a_shipped_recipe_is_found_by_its_name() -> None:
-    assert resolve(recipe="digit-questions/demo").main == "tiny:vision"
+    assert resolve(recipe="digit-questions/demo").main == "tiny:vision-single"
     with pytest.raises(ConfigError, match="digit-questions/demo"):
         resolve(recipe="digit-question/demo")
 

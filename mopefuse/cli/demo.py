@@ -20,7 +20,7 @@ def demo(
 ) -> None:
     """Train on a small bundled data set, offline.
 
-    Compares conditional prompts with five simpler methods on questions about images of digits. Takes a few minutes on a CPU.
+    Compares conditional prompts with six other methods on questions about images of digits. Takes a few minutes on a CPU.
     """
     from mopefuse.cli._render import duration, err, percent, print_json, table
     from mopefuse.cli._train_display import Display

@@ -3,8 +3,9 @@
 They serve the digit questions task (`mopefuse.data.sets.digit_questions`) in minutes on a laptop without a network, and the
 tests use them. ``scripts/pretrain_tiny.py`` pretrained each on its own modality alone: vision to read four coloured digits,
 text to predict masked words. ``tiny:vision-b`` and ``tiny:text-b`` were pretrained with a different seed, so that an encoder
-can be swapped for one of the same kind and size. Options: ``?pretrained=false`` for random weights, ``?pool=cls``,
-``?pool=mean`` or ``?pool=cls+mean`` for the pooled feature.
+can be swapped for one of the same kind and size. ``tiny:vision-single`` has only seen one digit at a time: its pooled feature
+of four digits answers no question about one of them, but its layers recognise a digit once prompts select it. Options:
+``?pretrained=false`` for random weights, ``?pool=cls``, ``?pool=mean`` or ``?pool=cls+mean`` for the pooled feature.
 
 Plain pre-norm transformers (An image is worth 16x16 words, https://arxiv.org/abs/2010.11929, scaled down).
 Shapes: B batch, L tokens ([CLS] first), P prompt tokens, D width, C = D width of the pooled feature, H heads.
@@ -54,7 +55,7 @@ class Shape(NamedTuple):
 
 
 _VISION, _TEXT = Shape("image", 96, 4, 4, "cls"), Shape("text", 96, 2, 4, "mean")
-SHAPES = {"vision": _VISION, "text": _TEXT, "vision-b": _VISION, "text-b": _TEXT}
+SHAPES = {"vision": _VISION, "text": _TEXT, "vision-b": _VISION, "text-b": _TEXT, "vision-single": _VISION}
 
 
 @cache

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         tone_questions.make(root / "data", train=4000, val=200, test=400)
         whisper = f"audio:{tone_questions.pretrain(root / 'whisper')}"
         call(
-            "train", "--recipe", "digit-questions/demo", "--main", "tiny:vision", "--comp", "tiny:text", "--comp", whisper,
+            "train", "--recipe", "digit-questions/short", "--main", "tiny:vision", "--comp", "tiny:text", "--comp", whisper,
             "--data", root / "data", "--out", root / "run", "--modality-dropout", 0.1, "--steps", STEPS, "--device", "cpu",
         )  # fmt: skip
         yield root
