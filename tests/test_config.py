@@ -89,7 +89,7 @@ def test_an_invalid_value_is_an_error_with_its_flag_and_a_suggestion() -> None:
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"^prompts.gate: got 'nones'.* fix: did you mean none\?"):
         resolve(flags=flags, sets=["prompts.gate=nones"])
-    with pytest.raises(ConfigError, match=r"--batch: got 0; needs at least 1 · fix: correct the settings named"):
+    with pytest.raises(ConfigError, match=r"--batch: got 0; needs at least 1 · fix: correct these settings"):
         resolve(flags=flags | {"train.batch_size": 0})
 
 
@@ -173,7 +173,7 @@ def test_a_very_long_value_gives_a_short_message() -> None:
         ("trian.lr=1", "trian", "train"),
         ("train.lr.x=1", "train.lr.x", ""),
         ("train=1", "train is a section", "epochs"),
-        ("=1", "no setting", "data"),
+        ("=1", "unknown setting", "data"),
         ("prompts.experts=[1", "not a valid recipe", "correct"),
     ],
 )
@@ -265,7 +265,7 @@ def test_an_empty_recipe_a_bom_and_crlf_are_accepted(tmp_path: Path, text: str) 
 
 
 def test_a_missing_recipe_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no recipe"):
+    with pytest.raises(ConfigError, match="recipe not found"):
         resolve(recipe="nowhere.yaml")
 
 

@@ -41,7 +41,7 @@ def test_a_study_without_axes_is_one_row(write: Any) -> None:
 def test_settings_override_the_recipe_and_set_overrides_both(write: Any) -> None:
     file = write(recipe="digit-questions/demo", settings={"train": {"lr": 1.0, "epochs": 7}}, cells={"a": {"train.lr": 2.0}})
     config = read_study(file, ["train.epochs=9"]).cells[0].config
-    assert (config.train.batch_size, config.train.lr, config.train.epochs) == (128, 2.0, 9)
+    assert (config.train.batch_size, config.train.lr, config.train.epochs) == (64, 2.0, 9)
 
 
 def test_axes_are_named_by_the_last_part_of_their_path_unless_ambiguous(write: Any) -> None:

@@ -36,7 +36,7 @@ HEADER = ("Paper:", "Data:", "Hardware:", "Time:", "Expected:", "Command:")
 
 
 def test_all_recipes_are_found() -> None:
-    assert len(RECIPES) == 5
+    assert len(RECIPES) == 6
     assert len(STUDIES) == 9
 
 

@@ -63,7 +63,7 @@ def test_the_encoders_are_tiny(spec: str) -> None:
 
 
 def test_the_packaged_weights_are_small() -> None:
-    assert sum(path.stat().st_size for path in Path(str(tiny.WEIGHTS)).iterdir() if path.is_file()) < 3_000_000
+    assert sum(path.stat().st_size for path in Path(str(tiny.WEIGHTS)).iterdir() if path.is_file()) < 4_000_000
 
 
 @pytest.mark.parametrize("spec", SPECS)
