@@ -229,7 +229,7 @@ def test_a_model_that_cannot_take_the_declared_size_uses_its_own(tmp_path: Path,
     assert encoder.preprocess.describe()["size"] == [224, 224]
     assert encoder.preprocess.describe()["resize"] == [224, 224]
     error = fault(f"{spec}?size=112")
-    assert "only one size" in error.what and error.fix == "remove size"
+    assert "only one size" in error.what and error.fix == "remove size= from the spec"
 
 
 SIZED = {
