@@ -190,7 +190,7 @@ def ddp(
 ) -> None:
     """Measure a training step with one process and with several.
 
-    The processes share the same batch, with gloo on CPUs and NCCL on GPUs.
+    One global batch is divided among the processes, which communicate through gloo (CPUs) or NCCL (GPUs).
     """
     from mopefuse.bench.parallel import bench_parallel
     from mopefuse.cli._bench_display import show_times, times_as_dict

@@ -13,7 +13,7 @@ from mopefuse.cli.shared_options import Json
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the data and the runs.")] = Path("demo"),
     steps: Annotated[
-        int | None, typer.Option(min=1, max=10**9, help="Stop each training after N steps: a quick look, not a result.")
+        int | None, typer.Option(min=1, max=10**9, help="Stop each training run after N steps: a quick look, not a result.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing runs in the folder.")] = False,
     json: Json = False,

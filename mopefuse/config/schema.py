@@ -174,13 +174,13 @@ class Data(Section):
     label_sep: str | None = Field(
         None,
         min_length=1,
-        description="separator between labels in a cell, or the word list if cells look like [a, b]; makes data multi-label",
+        description="separator between labels in a cell, or list if cells look like [a, b]; makes data multi-label",
     )
     labels: str | None = Field(
         None, description="file with all labels, one per line; default: labels.txt in the data folder, or the labels of train"
     )
     fold_labels: bool = Field(False, description="treat labels that differ only in case, spaces or Unicode form as one")
-    allow_odd_labels: bool = Field(False, description="accept labels that look wrong: lists in cells, or very many")
+    allow_odd_labels: bool = Field(False, description="accept suspicious labels, such as lists in cells")
     val_fraction: float | None = Field(None, gt=0, lt=1, description="fraction of train to hold out as val, per class")
     test_fraction: float | None = Field(None, gt=0, lt=1, description="fraction of train to hold out as test, per class")
     shots: int | None = Field(None, ge=1, le=_MANY, description="train on only this many rows per class")
@@ -210,7 +210,9 @@ class Data(Section):
     prefix_precision: Literal["float16", "float32"] = Field(
         "float16", description="number format of both; with float16, validation scores can differ in the last digits"
     )
-    max_pixels: int = Field(50_000_000, ge=1, le=89_000_000, description="reject images with more pixels, without decoding")
+    max_pixels: int = Field(
+        50_000_000, ge=1, le=89_000_000, description="reject images with more pixels than this, without decoding"
+    )
     image_stats: Literal["encoder", "mmbt"] = Field("encoder", description="mean and standard deviation for normalising images")
 
     @model_validator(mode="before")
@@ -251,8 +253,8 @@ class Train(Section):
     lr: float | None = Field(
         None,
         gt=0,
-        description="learning rate; default: 2e-3 for conditional without compat; 1e-3 for mlp, cross-attention, qmf and "
-        "flamingo; otherwise 4e-4 if main takes images, else 5e-4",
+        description="learning rate; mlp, cross-attention, qmf and flamingo: 1e-3; other methods, and conditional with compat: "
+        "4e-4 if main takes images, else 5e-4",
     )
     lr_comp: float | None = Field(
         None, gt=0, description="learning rate of a trained complementary encoder; default: lr, or lr_tuned if fully tuned"
@@ -294,12 +296,12 @@ class RunConfig(Section):
     """All settings of a run."""
 
     main: str = Field(
-        description="main encoder: it is prompted, and its output is classified; comp-only needs none",
+        description="main encoder: the one that is prompted; not needed with method comp-only",
         examples=["timm:vit_base"],
     )
     comp: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         union_mode="left_to_right",
-        description="complementary encoder: its features condition the prompts; main-only needs none",
+        description="complementary encoder: its features condition the prompts; not needed with method main-only",
         examples=["hf:bert-base"],
     )
     method: str = Field("conditional", description="fusion method: conditional, linear, mlp, main-only, ...")
@@ -323,7 +325,7 @@ class RunConfig(Section):
     )
     warm_start: Literal["none", "linear", "auto"] = Field(
         "none",
-        description="what step 0 is: the best of several simple models of the frozen features (auto), logistic regression on "
+        description="what step 0 is: the best of several simple models on the frozen features (auto), logistic regression on "
         "all of them (linear), or an untrained model (none)",
     )
     either: bool = Field(False, description="also train a head that predicts rows without the main modality")

@@ -84,7 +84,7 @@ def pictures(
         where = str(cache.root() or "no cache folder")
         raise ResourceError(
             ResourceCode.IMAGE_CACHE_NOT_WRITABLE,
-            "decoded images cannot be kept",
+            "decoded images cannot be cached",
             where=where,
             fix="set MOPEFUSE_CACHE to a folder with space",
         )

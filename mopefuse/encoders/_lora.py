@@ -106,7 +106,7 @@ def _check_called(encoder: Encoder, names: Iterable[str]) -> None:
         for hook in hooks:
             hook.remove()
     if not_called:
-        what = f"LoRA would have no effect on {min(not_called)} of {encoder.spec}, whose weights are read without calling it"
+        what = f"LoRA would have no effect on {min(not_called)}: {encoder.spec} uses its weights without calling the layer"
         raise EncoderError(
             EncoderCode.LORA_WITHOUT_EFFECT, what, where="lora.targets", fix="set lora.targets to other linear layers"
         )

@@ -164,7 +164,7 @@ class Bundle:
         if inputs.keys() != shapes.keys():
             raise DataError(
                 DataCode.WRONG_INPUT_NAMES,
-                f"got the inputs {', '.join(sorted(inputs))}",
+                f"wrong inputs: got {', '.join(sorted(inputs))}",
                 fix=f"pass {', '.join(sorted(shapes))}, such as those that `collate` returns",
             )
         batch = len(next(iter(inputs.values())))

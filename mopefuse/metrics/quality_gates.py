@@ -35,7 +35,7 @@ def parse_gates(texts: Sequence[str]) -> dict[str, float]:
             gates[name] = math.nan
         if not math.isfinite(gates[name]):
             raise ConfigError(
-                ConfigCode.BAD_GATE, f"cannot read the gate {text!r}", where="--min", fix="write --min accuracy=0.8"
+                ConfigCode.BAD_GATE, f"not a quality gate: {text!r}", where="--min", fix="write --min accuracy=0.8"
             )
     return gates
 

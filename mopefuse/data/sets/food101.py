@@ -37,7 +37,7 @@ class Food101(Source):
     declared_options: ClassVar[tuple[Option, ...]] = (
         Option("text", None, "Text to use. Default: the only one that the files have.", choices=("page", "title")),
         Option("clean", False, "Keep only the words of a text, in lower case."),
-        Option("val", 5000, "Rows to hold out as val; without it a fifth, if there are few.", minimum=1),
+        Option("val", 5000, "Rows to hold out as val; if it is not given and there are few rows, a fifth of them.", minimum=1),
         Option("seed", 0, "Random seed of the held-out rows.", minimum=0),
     )
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
