@@ -206,7 +206,7 @@ class Encoder(nn.Module):
             return self._run_layer(layer, tokens_BLD, None if mask_BK is None else mask_BK[:, None, None], prompt)
 
     def _run_layer(self, layer: int, tokens_BLD: Tensor, mask_B11K: Tensor | None, prompt: Prompt | None) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} is supports_inserted_tokens but does not implement `_run_layer`")
+        raise NotImplementedError(f"{type(self).__name__} sets supports_inserted_tokens but does not implement `_run_layer`")
 
     def forward(
         self,

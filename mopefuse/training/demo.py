@@ -19,13 +19,13 @@ from mopefuse.training.listener import Listener
 from mopefuse.training.train import train
 
 RECIPE = "digit-questions/demo"
-_PROMPTS = {"prompts.dynamic": 0, "prompts.mapped": 0, "prompts.film": False, "warm_start": "none"}
+_STATIC_ONLY = {"prompts.dynamic": 0, "prompts.mapped": 0, "prompts.film": False, "warm_start": "none"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "conditional": ("conditional prompts and FiLM", {}),
     "cross-attention": ("cross-attention to the patches", {"method": "cross-attention", "train.lr": 3e-3, "train.epochs": 40}),
     "mlp": ("MLP on both features", {"method": "mlp"}),
     "linear": ("logistic regression on both features", {"method": "linear"}),
-    "static": ("static prompts only", _PROMPTS),
+    "static": ("static prompts only", _STATIC_ONLY),
     "image": ("image only", {"method": "main-only"}),
     "text": ("text only", {"method": "comp-only"}),
 }
@@ -74,9 +74,9 @@ def demo(
 
 def _configure(changes: dict[str, Any]) -> RunConfig:
     """The recipe with changes; other methods take its data and encoders, and their own defaults for the rest."""
-    recipe = resolve(recipe=RECIPE, flags=changes if "method" not in changes else {"data.path": changes["data.path"]})
     if "method" not in changes:
-        return recipe
+        return resolve(recipe=RECIPE, flags=changes)
+    recipe = resolve(recipe=RECIPE)
     same = {"main": recipe.main, "comp": recipe.comp, "train.batch_size": recipe.train.batch_size}
     data = {"data.fraction": recipe.data.fraction, "data.cache_images": recipe.data.cache_images}
     return resolve(flags={**same, **data, **changes})
