@@ -153,7 +153,7 @@ def test_lora_on_open_clips_fused_attention_is_refused_but_not_on_other_layers(
 ) -> None:
     spec = cases[family].spec
     assert "c_fc, c_proj" in refusal(spec, 80).fix
-    assert "without calling it" in refusal(spec, 82, targets=("out_proj",)).what
+    assert "without calling the layer" in refusal(spec, 82, targets=("out_proj",)).what
     encoder = create_encoder(spec)
     encoder.adapt(Lora(targets=("c_fc", "c_proj")))
     before = encoder.encode(batch_of(encoder)).pooled_BC
