@@ -20,6 +20,7 @@ from mopefuse.core.registry import Spec
 from mopefuse.data.base import Batch
 from mopefuse.encoders._types import EncoderOutput, Inputs
 from mopefuse.encoders.base import Encoder
+from mopefuse.encoders.tiny import TinyEncoder
 from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.cross_attention import CrossAttention
@@ -122,7 +123,6 @@ def test_only_the_attention_and_the_head_are_trained_and_saved() -> None:
     statistics = {f"standard.{side}.{name}" for side in ("main", "comp") for name in ("mean_C", "deviation_C")}
     assert set(model.named_trainable_parameters()) == READER | HEAD
     assert set(model.trainable_state_dict()) == READER | HEAD | statistics
-    assert model.frozen == ("comp",), "tokens are needed, but only pooled features are cached"
     assert set(model.breakdown()) == {"cross-attention", "head"}
 
 
@@ -191,6 +191,24 @@ def learned_accuracy(method: type[Fusion]) -> float:
 def test_it_learns_to_find_the_token_that_psi_names_and_an_mlp_on_pooled_features_does_not() -> None:
     assert learned_accuracy(CrossAttention) > 0.95
     assert learned_accuracy(MLP) < 0.75, "the mean of the tokens contains how many bits are set, not which"
+
+
+@pytest.mark.parametrize("more", [{}, {"main": "tiny:text", "comp": "tiny:vision"}], ids=["image", "text"])
+def test_features_and_tokens_are_computed_once(
+    pairs: Path, tmp_path: Path, more: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"epochs": 2, "batch_size": 4, "modality_dropout": 0.3}
+    data = {"path": str(pairs), "prefix_precision": "float32"}
+    ran: list[str] = []
+    own = TinyEncoder._encode
+    monkeypatch.setattr(TinyEncoder, "_encode", lambda self, inputs: ran.append(self.modality) or own(self, inputs))
+    results = []
+    for name, cached in (("plain", False), ("cached", True), ("again", True)):
+        ran.clear()
+        values = config(pairs, "cross-attention", **more, train=training, data={**data, "cache_features": cached})
+        results.append(train(values, tmp_path / name)["metrics"]["test"]["loss"])
+        assert bool(ran) == (name != "again"), "once everything is cached, no encoder runs"
+    assert results == pytest.approx([results[0]] * 3, abs=1e-4)
 
 
 # -- samples that lack a modality

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mopefuse.config.method_settings import CrossAttention as Settings
 from mopefuse.config.schema import RunConfig
 from mopefuse.core.error_codes import EncoderCode
-from mopefuse.core.precision import apply_in_own_type, apply_without_autocast, to_float32
+from mopefuse.core.precision import apply_in_own_type, apply_without_autocast, normalize_feature, to_float32
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, run_frozen
 from mopefuse.errors import EncoderError
@@ -68,7 +68,7 @@ class CrossAttention(Fusion):
     """A few queries, projected from psi, attend to the main encoder's output tokens; a network classifies what they read.
 
     The head has one hidden layer of `head_hidden` units and takes [pooled main ; psi ; what the queries read], the first two
-    standardised with statistics of the training split. All encoders are frozen, and no gradients pass through them.
+    standardised with statistics of the training split. All encoders are frozen, so features and tokens are computed once.
 
     As in Vaswani et al.: scaled dot-product attention with several heads. As in Perceiver: the number of queries is fixed,
     and each has a learned vector of its own. Unlike both: the vectors are offsets to one projection of psi; there is a single
@@ -95,7 +95,7 @@ class CrossAttention(Fusion):
         if not main.token_width:
             what = f"{main.spec} does not provide its tokens"
             raise EncoderError(EncoderCode.TOKEN_WIDTH_UNKNOWN, what, fix="use it as --comp instead, or use --method mlp")
-        self.frozen = self.uses[1:]  # of the main encoder, only pooled features could be cached
+        self.frozen, self.reads_tokens = self.uses, ("main",)
         self.add_optional_missing_embeddings()
         self.reader = TokenReader(
             settings, main.token_width, {side: self.encoder(side).feature_width for side in self.uses[1:]}
@@ -103,14 +103,20 @@ class CrossAttention(Fusion):
         width = self.standardise_features() + settings.queries * settings.width
         self.head = self.make_head(width, num_labels, settings.dropout)
 
+    def read_main(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Pooled features (B, C), normalised tokens (B, L, D) and mask (B, L) of the main encoder, cached or computed now."""
+        if "main" in batch.tokens:
+            tokens = batch.tokens["main"]
+            return batch.features["main"], tokens["values_BLC"], tokens["mask_BL"]
+        encoded = run_frozen(self.encoder("main"), batch.inputs["main"])
+        return to_float32(encoded.pooled_BC), normalize_feature(encoded.tokens_BLD), encoded.mask_BL
+
     def forward(self, batch: Batch) -> Output:
         """Compute logits (B, N)."""
-        encoded = run_frozen(self.encoder("main"), batch.inputs["main"])
+        main_BC, tokens_BLD, mask_BL = self.read_main(batch)
         comps = self.uses[1:]
-        features = self.normalise(
-            encoded.pooled_BC, *(self.pooled_feature(side, batch) for side in comps), batch=batch
-        )
-        read_BX = to_float32(self.reader(dict(zip(comps, features[1:], strict=True)), encoded.tokens_BLD, encoded.mask_BL))
+        features = self.normalise(main_BC, *(self.pooled_feature(side, batch) for side in comps), batch=batch)
+        read_BX = to_float32(self.reader(dict(zip(comps, features[1:], strict=True)), tokens_BLD, mask_BL))
         if "main" in batch.missing:  # a blank input has no content to attend to
             read_BX = read_BX.masked_fill(batch.missing["main"][:, None], 0.0)
         return Output(apply_without_autocast(self.head, torch.cat([*features, read_BX], dim=-1)))
