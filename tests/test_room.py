@@ -64,7 +64,7 @@ def test_a_study_runs_one_cell_at_a_time_if_memory_is_short(
         def on_notice(self, text):
             notices.append(text)
 
-    study = read_study(str(write_study(tmp_path, pairs)), ["train.epochs=40"])
+    study = read_study(str(write_study(tmp_path, pairs)), ["train.epochs=15"])
     statuses = run_study(study, tmp_path / "out", jobs=2, listener=Watch())
     assert {status.state for status in statuses} == {FINISHED}
     assert most == [2 if roomy else 1]
