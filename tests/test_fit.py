@@ -17,6 +17,7 @@ import mopefuse
 from mopefuse.autofit import fit as fitting
 from mopefuse.autofit import tryouts
 from mopefuse.autofit.candidates import NETWORKS, REGRESSIONS, TRAINED
+from mopefuse.autofit.state import VALIDATED
 from mopefuse.core.tensor_files import read_tensors
 from mopefuse.errors import Interrupted
 from mopefuse.runs.folder import RunFolder
@@ -50,7 +51,7 @@ def fitted(table: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     out = tmp_path_factory.mktemp("fitted") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "NETWORKS", NETWORKS[:1])
-        patch.setattr(fitting, "TRAINED", TRAINED[:1])
+        patch.setattr(fitting, "TRAINED", TRAINED[:2])
         done = call("fit", table, *TINY, "--budget", "1h", "--out", out, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     return out, json.loads(done.stdout)
@@ -71,7 +72,10 @@ def test_the_method_that_the_task_needs_is_chosen(fitted: tuple[Path, dict[str, 
     assert found["selected"] in {candidate.name for candidate in NETWORKS} and scores[found["selected"]] > 0.9
     assert found["metrics"]["accuracy"] > 0.9
     assert found["headline"].startswith(("text alone ", "image alone "))
-    assert ", both " in found["headline"] and "(selected)" in found["headline"] and "conditional prompts" in found["headline"]
+    assert ", both " in found["headline"] and "(selected)" in found["headline"]
+    states = {one["name"]: one["state"] for one in found["candidates"]}
+    assert states["cross-attention"] == states["conditional"] == VALIDATED
+    assert found["headline"].rpartition(", ")[2].startswith(("cross-attention ", "conditional prompts "))
 
 
 def test_columns_splits_and_encoders_are_reported(fitted: tuple[Path, dict[str, Any]]) -> None:

@@ -1,7 +1,7 @@
-"""The candidates of a fit, from cheap to expensive: regressions, MLPs, conditional prompts.
+"""The candidates of a fit, from cheap to expensive: regressions, MLPs, cross-attention, conditional prompts.
 
-Candidates on frozen features (`REGRESSIONS`, `NETWORKS`) are cross-validated, those that run an encoder in every step
-(`TRAINED`) are compared on the validation split.
+Candidates on pooled features (`REGRESSIONS`, `NETWORKS`) are cross-validated; the others (`TRAINED`) are trained once and
+compared on the validation split.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ NETWORKS = (
     _mlp("mlp-wide", "MLP, 1,024 units", head_hidden=1024),
 )
 TRAINED = (
+    Candidate("cross-attention", "cross-attention", {"method": "cross-attention"}),
     _conditional("conditional", "conditional prompts"),
     _conditional("conditional-swapped", "conditional prompts in the other encoder", swapped=True),
     _conditional("conditional-deep", "conditional prompts in all layers", prompts={"layers": "all"}),

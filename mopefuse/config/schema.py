@@ -253,8 +253,8 @@ class Train(Section):
     lr: float | None = Field(
         None,
         gt=0,
-        description="learning rate; mlp, cross-attention, qmf and flamingo: 1e-3; other methods, and conditional with compat: "
-        "4e-4 if main takes images, else 5e-4",
+        description="learning rate; mlp, qmf and flamingo: 1e-3; cross-attention: 3e-4; other methods, and conditional with "
+        "compat: 4e-4 if main takes images, else 5e-4",
     )
     lr_comp: float | None = Field(
         None, gt=0, description="learning rate of a trained complementary encoder; default: lr, or lr_tuned if fully tuned"
