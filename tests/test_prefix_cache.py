@@ -207,11 +207,13 @@ def test_early_layers_run_once_for_each_sample_and_not_in_training(
     assert log(trained) == log(tmp_path / "second")
 
 
-def test_no_image_is_opened_in_training_or_in_a_second_run(data: Path, tmp_path: Path, reads: list[str]) -> None:
-    train(settings(data, train__epochs=3), tmp_path / "first")
+@pytest.mark.parametrize("start", ["none", "linear"])
+def test_no_image_is_opened_in_training_or_in_a_second_run(data: Path, tmp_path: Path, reads: list[str], start: str) -> None:
+    """The pooled features of a warm start are computed along with the outputs of early layers."""
+    train(settings(data, train__epochs=3, warm_start=start), tmp_path / "first")
     assert reads.count("image") == sum(COUNTS.values()), "each image once, and those of the test split in the final test"
     reads.clear()
-    train(settings(data, train__epochs=3, prompts__experts=3), tmp_path / "second")
+    train(settings(data, train__epochs=3, prompts__experts=3, warm_start=start), tmp_path / "second")
     assert reads.count("image") == COUNTS["test"]
 
 

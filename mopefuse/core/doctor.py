@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import EntryPoint, PackageNotFoundError, version
 from pathlib import Path
@@ -57,12 +58,13 @@ def examine() -> Examination:
     for name, extra in _EXTRAS.items():
         found.versions[name] = _version(name).replace("missing", f'not installed (pip install "mopefuse[{extra}]")')
     found.problems += [f"{name} is missing; pip install {name}" for name in _CORE if found.versions[name] == "missing"]
-    for name, (code, problem) in _CHECKS.items():
-        error = _try(code)[1]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each import takes seconds
+        *checks, devices = pool.map(_try, [*(code for code, _ in _CHECKS.values()), _DEVICES])
+    for (name, (_, problem)), (_, error) in zip(_CHECKS.items(), checks, strict=True):
         found.machine[name] = error or "works"
         if error:
             found.problems.append(f"{problem} ({error})")
-    found.machine["devices"] = "; ".join(_try(_DEVICES)[0].splitlines()) or "none"
+    found.machine["devices"] = "; ".join(devices[0].splitlines()) or "none"
     home = Path(os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser())
     found.machine["hub cache"] = f"{home} ({'exists' if home.is_dir() else 'does not exist yet'})"
     found.machine["offline"] = "yes (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else "no"

@@ -100,7 +100,7 @@ def split_features(
     Args:
         advance: called with (values computed, values to compute) by this process.
     """
-    store = FeatureStore(encoder_key(encoder, config, device), encoder.feature_width)
+    store = feature_store(encoder, config, device)
     computation = FeatureComputation(encoder, data, split, config, device, store=store, advance=advance)
     known_U, share_U = computation.divide()
     not_stored = computation.compute_and_store(share_U)
@@ -113,6 +113,11 @@ def split_features(
     table_UC = computation.collect_in_memory(own_U, not_stored)
     found_S = Lookup(np.zeros(len(computation.number_S), np.int32), computation.number_S)
     return Features([table_UC], found_S, different=different, origin="kept in memory")
+
+
+def feature_store(encoder: Encoder, config: RunConfig, device: torch.device) -> FeatureStore:
+    """The store of an encoder's pooled features."""
+    return FeatureStore(encoder_key(encoder, config, device), encoder.feature_width)
 
 
 def encoder_key(encoder: Encoder, config: RunConfig, device: torch.device, *more: object) -> str:
@@ -133,7 +138,7 @@ class Computation:
 
     Attributes:
         values_U: digests of the values. first_U: number of the first sample that has each value.
-        number_S: number of the value of each sample.
+        number_S: number of the value of each sample. facts: what a shard says about its origin.
     """
 
     def __init__(
@@ -151,6 +156,7 @@ class Computation:
         self.values_U, self.first_U, self.number_S = np.unique(keys_S, return_index=True, return_inverse=True)
         self.samples = Samples(data, split, {"only": (encoder.modality, encoder.preprocess)}, config.data)
         self.encoder, self.config, self.device, self.store, self.advance = encoder, config, device, store, advance
+        self.facts = {"encoder": str(encoder.spec), "root": str(data.root)}
 
     @abstractmethod
     def encode(self, inputs: Inputs) -> tuple[Values, Numbers | None]:
@@ -176,11 +182,10 @@ class Computation:
         not_stored: list[ComputedRows] = []
         waiting: list[ComputedRows] = []
         began = time.monotonic()
-        facts = {"encoder": str(self.encoder.spec), "root": str(self.samples.data.root)}
 
         def publish() -> None:
             joined = ComputedRows.join(waiting)
-            if not self.store.append(self.values_U[joined.numbers_M], joined.rows_RC, facts, joined.counts_M):
+            if not self.store.append(self.values_U[joined.numbers_M], joined.rows_RC, self.facts, joined.counts_M):
                 not_stored.append(joined)
             waiting.clear()
 

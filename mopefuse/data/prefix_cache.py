@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from mopefuse.config.schema import RunConfig
 from mopefuse.core.error_codes import NumericCode, ResourceCode
 from mopefuse.data.base import DataSet
-from mopefuse.data.feature_cache import Advance, Computation, Numbers, encoder_key
+from mopefuse.data.feature_cache import Advance, Computation, ComputedRows, Mask, Numbers, encoder_key, feature_store
 from mopefuse.data.feature_shards import FeatureStore, Values
 from mopefuse.data.ragged import Estimate, RaggedTable, collect, estimate, pad
 from mopefuse.encoders.base import Encoder, Inputs
@@ -37,9 +38,27 @@ class Prefixes(RaggedTable):
 
 
 class PrefixComputation(Computation):
-    """Computes the tokens that enter a layer for the distinct values of a split."""
+    """Computes the tokens that enter a layer for the distinct values of a split.
 
-    layer: int
+    Args:
+        layer: the layer.
+        pooled: a store to which the pooled features of these values are added; they cost only the other layers.
+    """
+
+    def __init__(self, *args: Any, layer: int, pooled: FeatureStore | None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.layer, self.pooled = layer, pooled
+        self.pooled_MC: list[Values] = []
+
+    def compute_and_store(self, share_U: Mask, *, keep: bool = True) -> list[ComputedRows]:
+        """See `Computation.compute_and_store`."""
+        not_stored = super().compute_and_store(share_U, keep=keep)
+        if self.pooled is not None and self.pooled_MC:
+            values_MC = np.concatenate(self.pooled_MC)
+            keys_M = self.values_U[share_U][: len(values_MC)]
+            new_M = ~self.pooled.find(keys_M).known_U
+            self.pooled.append(keys_M[new_M], values_MC[new_M], self.facts)
+        return not_stored
 
     def encode(self, inputs: Inputs) -> tuple[Values, Numbers]:
         """See `Computation.encode`.
@@ -47,7 +66,10 @@ class PrefixComputation(Computation):
         Raises:
             NumericError: a value is too large for float16.
         """
-        each = [tokens_LD.float().cpu() for tokens_LD in encode_prefixes(self.encoder, inputs, self.layer)]
+        found, pooled_BC = encode_prefixes(self.encoder, inputs, self.layer, pooled=self.pooled is not None)
+        if self.pooled is not None and pooled_BC is not None:
+            self.pooled_MC.append(pooled_BC.float().cpu().numpy())
+        each = [tokens_LD.float().cpu() for tokens_LD in found]
         full_RD = torch.cat(each)
         rows_RD = full_RD.to(getattr(torch, self.store.dtype))
         if (rows_RD.isinf() & ~full_RD.isinf()).any():
@@ -69,6 +91,7 @@ def split_prefixes(
     config: RunConfig,
     device: torch.device,
     *,
+    pooled: bool = False,
     advance: Advance = lambda done, total: None,
 ) -> Prefixes:
     """Get the tokens that enter a layer for every sample of a split: stored ones are read, the others computed and stored.
@@ -76,14 +99,19 @@ def split_prefixes(
     Several processes share the computation, and all use the same values.
 
     Args:
+        pooled: whether pooled features will be needed too; any not stored yet are computed along with the tokens.
         advance: called with (values computed, values to compute) by this process.
 
     Raises:
         ResourceError: the cache cannot keep them. NumericError: a value is too large for float16.
     """
-    store = _store(encoder, layer, config, device)
-    computation = PrefixComputation(encoder, data, split, config, device, store=store, advance=advance)
-    computation.layer = layer
+    store, features = _store(encoder, layer, config, device), feature_store(encoder, config, device)
+    features.refresh()
+    values = np.unique(data.splits[split].keys[encoder.modality])
+    along = features if pooled and not features.find(values).known_U.all() else None
+    computation = PrefixComputation(
+        encoder, data, split, config, device, store=store, advance=advance, layer=layer, pooled=along
+    )
     found = collect(computation, Prefixes)
     if found is None:
         raise ResourceError(

@@ -31,15 +31,41 @@ def encode_pooled(encoder: Encoder, inputs: Inputs) -> Tensor:
     return pooled_BC
 
 
-def encode_prefixes(encoder: Encoder, inputs: Inputs, layer: int) -> list[Tensor]:
-    """Compute the tokens (L, D) of each sample that enter a layer, without padding (see `token_counts`)."""
+def encode_prefixes(
+    encoder: Encoder, inputs: Inputs, layer: int, *, pooled: bool = False
+) -> tuple[list[Tensor], Tensor | None]:
+    """Compute the tokens (L, D) of each sample that enter a layer, without padding (see `token_counts`).
+
+    Args:
+        pooled: also run the other layers, and return pooled features (B, C), as `encode_pooled` does.
+    """
     found: dict[int, Tensor] = {}
+    pooled_C: dict[int, Tensor] = {}
     counts_B = token_counts(encoder, inputs)
     for index_b, part in _chunks(encoder, inputs):
-        tokens_bLD = encoder.compute_prefix(part, layer).tokens_BLD
-        for number, tokens_LD in zip(index_b.tolist(), tokens_bLD, strict=True):
+        numbers = index_b.tolist()
+        if pooled:
+            tokens_bLD, part_bC = _prefix_and_pooled(encoder, part, layer)
+            pooled_C.update(zip(numbers, part_bC, strict=True))
+        else:
+            tokens_bLD = encoder.compute_prefix(part, layer).tokens_BLD
+        for number, tokens_LD in zip(numbers, tokens_bLD, strict=True):
             found[number] = tokens_LD if counts_B is None else tokens_LD[: int(counts_B[number])]
-    return [found[number] for number in range(len(found))]
+    order = range(len(found))
+    return [found[number] for number in order], torch.stack([pooled_C[number] for number in order]) if pooled else None
+
+
+@torch.no_grad()
+def _prefix_and_pooled(encoder: Encoder, inputs: Inputs, layer: int) -> tuple[Tensor, Tensor]:
+    """The tokens (B, L, D) that enter a layer, and the pooled features (B, C)."""
+    seen: dict[int, Tensor] = {}
+
+    def record(at: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> None:
+        if at == layer:
+            seen[at] = tokens_BLD
+
+    pooled_BC = encoder.encode(inputs, record).pooled_BC
+    return seen[layer], pooled_BC
 
 
 def encode_tokens(encoder: Encoder, inputs: Inputs) -> list[Tensor]:
