@@ -45,7 +45,8 @@ def _start(facts: RunFacts) -> str:
     name, start = facts.main_metric.replace("_", " "), facts.result.get("start")
     if start:
         others = ", ".join(f"{one['name']} {percent(one['score'])}" for one in start["baselines"])
-        text = f"Step 0 is the best of these models on the frozen features, by {start['samples']:,} held-out samples: {others}."
+        held_out = f"{start['samples']:,} held-out samples"
+        text = f"Step 0 is the best of these models on the frozen features, compared on {held_out}: {others}."
     else:
         text = "Step 0 is a logistic regression on the features of the frozen encoders."
     if facts.step == 0:
