@@ -44,7 +44,7 @@ def markdown(comparison: Comparison) -> str:
 def compared(folder: Path) -> Comparison:
     """Compare the runs of a study, or all finished runs in a folder."""
     if (folder / STUDY_FILE).is_file():
-        return compare([folder], partly=True)
+        return compare([folder], allow_unfinished=True)
     return compare([run for run in sorted(folder.iterdir()) if run.is_dir()])
 
 

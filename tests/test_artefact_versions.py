@@ -1,4 +1,4 @@
-"""Artefacts of other versions, or that need a plugin, by number in the list of faults, tested on the command line.
+"""Artifacts of other versions, or that need a plugin, by number in the list of faults, tested on the command line.
 
 tests/golden/format-N holds a run of that format, its adapter and their predictions. It was made there by ``mopefuse train
 --main tiny:vision --comp tiny:text --device cpu --experts 2 --batch 3 --data data --out run --steps 1`` with ``--set``

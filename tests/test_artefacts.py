@@ -1,4 +1,4 @@
-"""Artefacts that are damaged, tampered with or for other encoders, by number in the list of faults, tested on the command line.
+"""Artifacts that are damaged, tampered with or for other encoders, by number in the list of faults, tested on the command line.
 
 Each case damages a copy of a run or an adapter; `test_an_undamaged_artefact_loads` is the control for all of them.
 """

@@ -1,4 +1,4 @@
-"""Simple models of frozen features that a warm start compares."""
+"""Simple models on frozen features that a warm start compares."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from mopefuse.config.schema import Linear
+from mopefuse.config.method_settings import Linear
 from mopefuse.fusion import baselines
 from mopefuse.fusion.baselines import Baseline, Baselines, fit_baselines, hold_out
 from mopefuse.fusion.mlp_fit import NetworkSettings

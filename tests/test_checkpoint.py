@@ -1,4 +1,4 @@
-"""Artefacts exist completely or not at all, and their content is verified before it is used."""
+"""Artifacts exist completely or not at all, and their content is verified before it is used."""
 
 from __future__ import annotations
 

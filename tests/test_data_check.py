@@ -364,5 +364,5 @@ def test_rows_that_training_would_not_skip_stay_errors(tmp_path: Path, spoil: st
     else:
         (data / "val.jsonl").write_text((data / "val.jsonl").read_text().replace("images/val-0.png", "../val-0.png"))
     done = call("data", "check", data, *skip)
-    assert done.returncode == 4 and "--on-bad skip tolerates a fraction of data.max_bad_fraction at most" in done.stderr
+    assert done.returncode == 4 and "--on-bad skip leaves out at most data.max_bad_fraction of a split's rows" in done.stderr
     assert call("train", *TINY, "--data", data, "--out", tmp_path / "run", "--steps", "1", *skip).returncode == 4

@@ -212,7 +212,7 @@ def test_it_trains_on_rows_that_lack_a_text_and_is_evaluated_without(pairs: Path
     assert result["steps"] == 2 and result["metrics"]["test"]["loss"] > 0
     assert call("eval", tmp_path / "run", "--missing", "text=0.9").returncode == 0
     refused = call("eval", tmp_path / "run", "--missing", "image=0.5")
-    assert refused.returncode == 3 and "--either" not in refused.stderr and "--missing text=SHARE" in refused.stderr
+    assert refused.returncode == 3 and "--either" not in refused.stderr and "--missing text=FRACTION" in refused.stderr
 
 
 # -- an ordinary run

@@ -13,7 +13,8 @@ from conftest import call
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from mopefuse.config.schema import Linear, build_config
+from mopefuse.config.method_settings import Linear
+from mopefuse.config.schema import build_config
 from mopefuse.data.load import load_data
 from mopefuse.encoders.base import create_encoder
 from mopefuse.encoders.frozen import encode_pooled

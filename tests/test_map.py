@@ -141,7 +141,8 @@ def test_its_defaults_and_what_it_refuses() -> None:
     with pytest.raises(ConfigError) as never:
         build(method="map", either=True)
     assert never.value.number == 145
-    assert set(missing_aware(**ABSENT).breakdown()) == {"missing-aware prompts", "gates", "head", "absent conditions"}
+    parts = {"missing-aware prompts", "gates", "head", "replacements for missing modalities"}
+    assert set(missing_aware(**ABSENT).breakdown()) == parts
 
 
 # -- an ordinary run

@@ -1,4 +1,4 @@
-"""The optimiser's schedule, and the device of its state."""
+"""The optimizer's schedule, and the device of its state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mopefuse.training.optimizer import compute_lr_factor, load_optimizer_state
 
 
 def test_the_optimiser_state_is_moved_to_the_device_of_its_parameters() -> None:
-    """All of it: the fused optimiser on a GPU rejects a step that is on the CPU."""
+    """All of it: the fused optimizer on a GPU rejects a step that is on the CPU."""
     parameter = torch.nn.Parameter(torch.zeros(2, device="meta"))
     optimizer = torch.optim.AdamW([parameter])
     state = {"a/step": torch.tensor(3.0), "a/exp_avg": torch.zeros(2), "a/exp_avg_sq": torch.zeros(2)}

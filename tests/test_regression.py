@@ -18,7 +18,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from torch import Tensor
 
 from mopefuse.cli import _train_display
-from mopefuse.config.schema import Linear
+from mopefuse.config.method_settings import Linear
 from mopefuse.core import device as devices
 from mopefuse.errors import NumericError
 from mopefuse.fusion import _design_matrix, _logistic

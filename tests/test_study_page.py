@@ -54,7 +54,7 @@ def page_of(study: Path) -> Page:
 
 
 def facts_of(study: Path) -> StudyFacts:
-    return StudyFacts(study, json.loads((study / "study.json").read_text()), compare([study], partly=True))
+    return StudyFacts(study, json.loads((study / "study.json").read_text()), compare([study], allow_unfinished=True))
 
 
 def sections(study: Path) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class PairBench:
 class _Timed:
     """Facts and times of the variants that exist for a pair, by name."""
 
-    facts: Mapping[str, tuple[int, int, bool]]  # trainable parameters, bytes of the artefact, whether there is a training step
+    facts: Mapping[str, tuple[int, int, bool]]  # trainable parameters, bytes of the artifact, whether there is a training step
     train: Mapping[str, Times]
     infer: Mapping[str, Times]
     weights: int  # bytes of both encoders, in float32
@@ -278,7 +278,7 @@ def random_batch(encoders: Mapping[str, Encoder], batch: int, text_length: int, 
 def _memory(
     config: RunConfig, batch: int, text_length: int, device: torch.device, measured: Sequence[Variant]
 ) -> Iterator[int]:
-    """Iterate over the memory in bytes that each variant's training step adds, including gradients and optimiser state."""
+    """Iterate over the memory in bytes that each variant's training step adds, including gradients and optimizer state."""
     build = partial(_encoders_and_batch, config, batch, text_length, device)
     if device.type == "cuda":
         return (_step_memory(build(), variant) for variant in measured)

@@ -70,7 +70,7 @@ def given_options(ctx: typer.Context) -> dict[str, Any]:
     """The options of the data set that were given on the command line, by name.
 
     Raises:
-        PluginError: the data set declares an option of the name of one of the command's own.
+        PluginError: the data set declares an option with the same name as one of the command's own.
     """
     if _CLASH in ctx.meta:
         name, flag = ctx.meta[_CLASH]

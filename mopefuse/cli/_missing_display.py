@@ -18,8 +18,8 @@ def show(run: str, found: Missing) -> None:
     for cell in found.cells:
         row = [cell.words, cell.lacking, percent(cell.metrics[name])]
         rows.append([*row, *([] if plain is None else [f"{100 * (cell.metrics[name] - plain):+.1f}"])])
-    first = f"of {found.cells[0].samples:,} samples of {found.split}"
-    table(run, [first, "lack it", name, *([] if plain is None else ["points"])], rows)
+    first = f"missing ({found.cells[0].samples:,} {found.split} samples)"
+    table(run, [first, "samples without it", name, *([] if plain is None else ["change in points"])], rows)
     if not found.learned:
         text = "trained on complete samples only, so mean features replace missing ones; see --modality-dropout"
         err().print(f"notice: {text}", markup=False)

@@ -42,7 +42,7 @@ def cache(
         mine = [(length, facts) for other, _, length, facts in entries if other == kind]
         count = sum(int(facts.get("images" if kind == "images" else "rows") or 0) for _, facts in mine)
         rows.append([meaning, str(len(mine)), f"{count:,}" if count else "", size(sum(length for length, _ in mine))])
-    table(f"{store.root() or 'no cache: no folder can be written'}", ["cached", "entries", "samples", "size"], rows)
+    table(f"{store.root() or 'no cache: no writable folder found'}", ["cached", "entries", "samples", "size"], rows)
     if clear:
         out().print(f"removed: {size(freed)}", markup=False)
 

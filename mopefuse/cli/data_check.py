@@ -27,7 +27,7 @@ def check(
         Path | None, typer.Option(metavar="FILE", help="Also write a page with the problems and their images.")
     ] = None,
     encoder: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="Text encoder whose tokens and truncated texts are counted.")
+        str | None, typer.Option(metavar="SPEC", help="Text encoder to use for counting tokens and truncated texts.")
     ] = None,
     most: Annotated[int, typer.Option(min=0, max=10**9, help="With --json: list at most N problems, but count all.")] = 1000,
     fresh: Annotated[bool, typer.Option("--fresh", help="Read every file again instead of using the cache.")] = False,
@@ -80,7 +80,9 @@ def _verdict(report: Report, folder: Path, *, strict: bool) -> DataError | None:
     if report.errors:
         fix = "correct the problems listed"
         if report.config.on_bad == "skip":
-            fix += "; --on-bad skip tolerates a fraction of data.max_bad_fraction at most, and no unsafe paths"
+            fix += (
+                "; --on-bad skip leaves out at most data.max_bad_fraction of a split's rows, and never accepts unsafe paths"
+            )
         return DataError(DataCode.CHECK_FOUND_ERRORS, f"{several(report.errors, 'error')} in {folder}", fix=fix)
     if strict and report.warnings:
         what = f"{several(report.warnings, 'warning')} in {folder}"

@@ -35,7 +35,7 @@ def evaluate(
     missing: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="MODALITY=SHARE|grid",
+            metavar="MODALITY=FRACTION|grid",
             help="Remove a modality from a fraction of the samples (text=0.7); grid: measure several fractions.",
         ),
     ] = None,
@@ -48,9 +48,9 @@ def evaluate(
 ) -> None:
     """Evaluate a run: metrics, and a prediction for every sample.
 
-    Results do not depend on the batch size. Predictions are one line of JSON per sample; with more than 100 labels, it has
-    only the probabilities of the 20 most probable labels and of the predicted and true ones. Column options that you
-    omit default to those of the run.
+    Results do not depend on the batch size. Predictions are one line of JSON per sample; with more than 100 labels, each
+    line has only the probabilities of the 20 most probable labels and of the predicted and true ones. Column options that
+    you omit default to those of the run.
 
     \b
     Example:
@@ -85,7 +85,7 @@ def _check(
     from mopefuse.runs.locate import find_run, get_kind, locate
 
     if not single and (out or gated):
-        fix = "remove this flag, or use a single share, such as --missing text=0.7"
+        fix = "remove this flag, or use a single fraction, such as --missing text=0.7"
         raise ConfigError(
             ConfigCode.GRID_HAS_NO_SINGLE_RESULT,
             "--out and --min need a single result, but --missing grid gives several",

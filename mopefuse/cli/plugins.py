@@ -37,7 +37,7 @@ def list_(json: Json = False) -> None:
 @app.command("new")
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Scheme of its encoders. The package is called mopefuse-NAME.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to create the folder mopefuse-NAME in.")] = Path(),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder in which to create mopefuse-NAME.")] = Path(),
     json: Json = False,
 ) -> None:
     """Create a plugin package with a small encoder and its test.

@@ -51,8 +51,8 @@ def predict(
 ) -> None:
     """Predict labels for new rows.
 
-    Writes one line of JSON (or CSV) per row, with the predicted label and probabilities, in input order. Columns that you do
-    not name are those of the run.
+    Writes one line of JSON (or CSV) per row, with the predicted label and probabilities, in input order. Column names
+    that you omit are taken from the run.
 
     \b
     Examples:

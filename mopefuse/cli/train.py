@@ -142,9 +142,11 @@ def _print_plan(found: Plan) -> None:
     parts.append(["total", f"{found.total:,}", ""])
     console.print()
     table("parameters", ["part", "parameters", "share"], parts, bold=len(parts) - 2)
-    memory = f"{found.memory / 2**20:,.0f} MiB ({count(trainable)} trainable; without the libraries' own)"
     console.print()
-    console.print(f"estimated memory of a training step: {memory}")
+    console.print(
+        f"estimated memory of a training step: {found.memory / 2**20:,.0f} MiB ({count(trainable)} trainable parameters; "
+        "excludes memory used by the libraries themselves)"
+    )
 
 
 def _limits(preprocess: dict[str, Any]) -> str:

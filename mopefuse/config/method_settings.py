@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from pydantic import Field, model_validator
 
 from mopefuse.config.section import MANY, MAX_TOKENS, WIDEST, Section
@@ -10,7 +12,7 @@ from mopefuse.config.section import MANY, MAX_TOKENS, WIDEST, Section
 class QMF(Section):
     """Late fusion weighted by the confidence of each side (method qmf); `head_hidden` is the width of its heads."""
 
-    scale: float = Field(0.1, gt=0, description="a side's weight is its energy score times this")
+    scale: float = Field(0.1, gt=0, description="factor that turns an encoder's energy score into its weight")
     rank_weight: float = Field(
         1.0, ge=0, description="weight of the loss that makes a side less confident about samples that it predicts badly"
     )
@@ -67,6 +69,23 @@ class Interactive(Section):
     )
 
 
+class Linear(Section):
+    """Logistic regression on standardised frozen features (method linear, or a warm start)."""
+
+    features: Literal["concat", "main", "comp", "average"] = Field(
+        "concat",
+        description="concat: all features together; main or comp: one encoder's features; average: mean prediction of one "
+        "regression per encoder",
+    )
+    strengths: tuple[Annotated[float, Field(ge=1e-10, le=1e10)], ...] = Field(
+        (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
+        min_length=1,
+        max_length=100,
+        description="values of C to try, the inverse of the regularisation strength",
+    )
+    max_iter: int = Field(300, ge=1, le=100_000, description="maximum iterations for each C")
+
+
 class MLP(Section):
     """A network with one hidden layer on standardised frozen features (method mlp); `head_hidden` is its width."""
 
@@ -76,7 +95,12 @@ class MLP(Section):
 class CrossAttention(Section):
     """Attention of comp's features to the main encoder's output tokens (method cross-attention)."""
 
-    queries: int = Field(4, ge=1, le=MAX_TOKENS, description="number of queries, each with a learned offset")
+    queries: int = Field(
+        4,
+        ge=1,
+        le=MAX_TOKENS,
+        description="number of queries; each is a shared projection of comp's feature plus its own learned vector",
+    )
     width: int = Field(128, ge=1, le=WIDEST, description="width of queries, keys and values; a multiple of heads")
     heads: int = Field(4, ge=1, le=256, description="attention heads")
     dropout: float = Field(

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from mopefuse.config.messages import field_at, invalid_settings_error, keys_in
 from mopefuse.config.method_defaults import defaults_of, without_idle_side
-from mopefuse.config.method_settings import MLP, QMF, CrossAttention, Flamingo, Inserted, Interactive
+from mopefuse.config.method_settings import MLP, QMF, CrossAttention, Flamingo, Inserted, Interactive, Linear
 from mopefuse.config.section import MANY as _MANY
 from mopefuse.config.section import MAX_TOKENS as _MAX_TOKENS
 from mopefuse.config.section import WIDEST as _WIDEST
@@ -68,8 +68,12 @@ class Prompts(Section):
         None, gt=0, description="initialise prompts uniformly in (-init, init); default: as in the papers"
     )
     bottleneck: int = Field(80, ge=1, le=_WIDEST, description="hidden width of the network for the mapped prompt and FiLM")
-    mapper_norm: Literal["layer", "batch-frozen"] = Field("layer", description="normalisation layers of that network")
-    route_stage_starts: bool = Field(True, description="give the first block of each stage a dynamic prompt too")
+    mapper_norm: Literal["layer", "batch-frozen"] = Field(
+        "layer", description="normalisation in the network for the mapped prompt and FiLM"
+    )
+    route_stage_starts: bool = Field(
+        True, description="in hierarchical encoders such as Swin, also give the first block of each stage a dynamic prompt"
+    )
 
     @model_validator(mode="after")
     def _tokens_are_mapped(self) -> Prompts:
@@ -127,21 +131,6 @@ class Lora(Section):
     targets: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = Field(
         None, description="names of the linear layers to adapt; default: the query and value projections"
     )
-
-
-class Linear(Section):
-    """Logistic regression on standardised frozen features (method linear, or a warm start)."""
-
-    features: Literal["concat", "main", "comp", "average"] = Field(
-        "concat", description="features of both encoders (concat) or one; average: mean prediction of one regression each"
-    )
-    strengths: tuple[Annotated[float, Field(ge=1e-10, le=1e10)], ...] = Field(
-        (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
-        min_length=1,
-        max_length=100,
-        description="values of C to try, the inverse of the regularisation strength",
-    )
-    max_iter: int = Field(300, ge=1, le=100_000, description="maximum iterations for each C")
 
 
 COLUMN_SETTINGS = {"text": "text_col", "image": "img_col"}
@@ -208,12 +197,16 @@ class Data(Section):
         20.0, gt=0, description="maximum GiB of that cache, and of cached condition tokens; at most half of the free space"
     )
     prefix_precision: Literal["float16", "float32"] = Field(
-        "float16", description="number format of both; with float16, validation scores can differ in the last digits"
+        "float16",
+        description="number format of the cached early-layer outputs and tokens; with float16, validation scores can differ "
+        "in the last digits",
     )
     max_pixels: int = Field(
         50_000_000, ge=1, le=89_000_000, description="reject images with more pixels than this, without decoding"
     )
-    image_stats: Literal["encoder", "mmbt"] = Field("encoder", description="mean and standard deviation for normalising images")
+    image_stats: Literal["encoder", "mmbt"] = Field(
+        "encoder", description="statistics for normalising images: the encoder's own (encoder), or those of MMBT (mmbt)"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -240,13 +233,13 @@ class Data(Section):
 
 
 class Train(Section):
-    """The optimiser and its schedule."""
+    """The optimizer and its schedule."""
 
     epochs: int = Field(10, ge=0, le=_MANY, description="passes over the training data")
     max_steps: int | None = Field(
-        None, ge=1, le=_MANY, description="stop after this many optimiser steps, even if the epochs would allow more"
+        None, ge=1, le=_MANY, description="stop after this many optimizer steps, even if the epochs would allow more"
     )
-    batch_size: int = Field(32, ge=1, le=_MANY, description="samples per optimiser step, summed over all processes")
+    batch_size: int = Field(32, ge=1, le=_MANY, description="samples per optimizer step, summed over all processes")
     accumulate: int = Field(
         1, ge=1, le=65_536, description="split a batch into this many parts and accumulate gradients, to save memory"
     )
@@ -261,7 +254,10 @@ class Train(Section):
     )
     lr_tuned: float = Field(2e-5, gt=0, description="learning rate of a fully tuned main encoder")
     lr_head: float | None = Field(
-        None, gt=0, description="learning rate of the head; other methods: lr; compat: lr, or lr/50 after a warm start"
+        None,
+        gt=0,
+        description="learning rate of the head; with other methods, the value of lr; with compat, the value of lr, or lr/50 "
+        "after a warm start",
     )
     weight_decay: float = Field(1e-3, ge=0, description="weight decay of AdamW")
     clip: float = Field(1.0, gt=0, description="maximum norm of the gradient")
@@ -296,15 +292,18 @@ class RunConfig(Section):
     """All settings of a run."""
 
     main: str = Field(
-        description="main encoder: the one that is prompted; not needed with method comp-only",
+        description="main encoder: the one that is prompted",
         examples=["timm:vit_base"],
     )
     comp: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         union_mode="left_to_right",
-        description="complementary encoder: its features condition the prompts; not needed with method main-only",
+        description="complementary encoder: its features condition the prompts",
         examples=["hf:bert-base"],
     )
-    method: str = Field("conditional", description="fusion method: conditional, linear, mlp, main-only, ...")
+    method: str = Field(
+        "conditional",
+        description="fusion method: conditional, linear, mlp, main-only, ...; main-only needs no comp, comp-only no main",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="random seed of everything in training")
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="device to compute on: auto, cpu, cuda, cuda:N or mps"

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 # Bounds that no useful model reaches: a mistyped size is rejected here instead of filling the memory.
 MAX_TOKENS = 4096  # tokens of a prompt; also experts of a layer
 WIDEST = 16_384  # width of a hidden layer
-MANY = 10**9  # counts that take no memory, so that arithmetic in 64 bits holds
+MANY = 10**9  # upper bound for counts that use no memory; keeps 64-bit arithmetic from overflowing
 
 
 class Section(BaseModel):

@@ -1,6 +1,6 @@
 """Artefacts: folders with a manifest, published atomically and verified when they are read.
 
-``manifest.json`` lists the sha256 and size of each file of the folder; a folder without a valid manifest is not an artefact.
+``manifest.json`` lists the sha256 and size of each file of the folder; a folder without a valid manifest is not an artifact.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mopefuse.core.formatting import json_text
 from mopefuse.core.regular_files import open_regular, read_regular
 from mopefuse.errors import CheckpointError
 
-FORMAT = 1  # format version of every artefact
+FORMAT = 1  # format version of every artifact
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20  # bytes
 _WEIGHTS = (".safetensors", ".onnx", ".pt2", ".data")
@@ -61,7 +61,7 @@ def publish(target: Path, write: Callable[[Path], None], facts: Mapping[str, Any
 
 
 def verify(folder: Path, *, kind: str, thorough: bool = True) -> dict[str, Any]:
-    """Verify that the files of an artefact are as published, and return its manifest.
+    """Verify that the files of an artifact are as published, and return its manifest.
 
     Args:
         kind: ``run``, ``checkpoint``, ``adapter``, ...

@@ -91,7 +91,7 @@ def convert_error(error: Exception) -> MopefuseError | None:
             ResourceCode.CANNOT_WRITE,
             f"{error.strerror}",
             where=str(error.filename or ""),
-            fix="free space, memory or open files",
+            fix="free disk space or memory, or close some files",
         )
     if isinstance(error, OSError) and error.filename is not None:
         return ConfigError(

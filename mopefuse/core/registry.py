@@ -200,10 +200,10 @@ def describe_plugins(names: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def require(needs: Iterable[Mapping[str, str]], *, where: str) -> None:
-    """Check that the plugins of an artefact are installed.
+    """Check that the plugins of an artifact are installed.
 
     Args:
-        needs: plugins as the artefact records them, see `describe_plugins`.
+        needs: plugins as the artifact records them, see `describe_plugins`.
 
     Raises:
         PluginError: a plugin is missing; the message gives its distribution and version.

@@ -72,7 +72,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors to a safetensors file.
 
     Raises:
-        OSError: the disk is full or not writable; `publish` reports it with the name of the artefact.
+        OSError: the disk is full or not writable; `publish` reports it with the name of the artifact.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file

@@ -70,7 +70,7 @@ class Split:
         rows: each is read when it is accessed.
         labels: labels of each row; available without reading it.
         keys: by modality, digests (S,) of the values (a text, or the content of a file); zero where the value is missing.
-        loose_keys: by modality, digests (S,) that ignore unimportant differences: those of texts, case and spacing.
+        loose_keys: by modality, digests (S,) that ignore unimportant differences (in texts: case and spacing).
         hash: digest of everything in the split, including what was skipped.
         skipped: bad rows that were left out (see `data.on_bad`).
     """

@@ -49,8 +49,8 @@ class Samples(Dataset[dict[str, Any]]):
         readers: modality and preprocessing of each side; sides with precomputed features are skipped.
         features: by side, precomputed features.
         tokens: by side, precomputed output tokens, for some of the sides in `features`.
-        prefixes: by side, the tokens (B, L, D) that enter a layer of its encoder, precomputed. Of such a side, only inputs
-            with a mask are read, as texts; others are blank.
+        prefixes: by side, the tokens (B, L, D) that enter a layer of its encoder, precomputed. For such a side, inputs
+            are read only if they have a mask (texts); otherwise they are blank.
         seed: seed of the augmentation.
         training: whether images are augmented.
 

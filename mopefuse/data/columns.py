@@ -128,7 +128,7 @@ class Layout:
         identity, label: names of columns. separator: separator of labels in a cell. fold_labels: see `data.fold_labels`.
         on_missing: see `data.on_missing`.
         null_is_empty: whether a null in a row counts as an empty value rather than a missing one.
-        empty_is_missing: whether an empty value in a row counts as missing; the name of a file always does.
+        empty_is_missing: whether an empty value in a row counts as missing; an empty file name always does.
     """
 
     columns: Mapping[str, str]

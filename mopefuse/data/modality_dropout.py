@@ -1,4 +1,4 @@
-"""Remove modalities from samples: at random in every epoch of training, or a fixed choice, to measure the loss.
+"""Remove modalities from samples: at random in each training epoch, or from a fixed set, to measure the drop in accuracy.
 
 Shapes: S samples of the split.
 """

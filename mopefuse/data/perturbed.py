@@ -17,7 +17,7 @@ from mopefuse.data.collate import FeatureTable, Samples, TokenSource, blank_inpu
 
 
 def draw_derangement(count: int, seed: int) -> Tensor:
-    """Draw a permutation (S,) that moves every sample, uniformly among those of one cycle; a single sample stays.
+    """Draw a permutation (S,) that moves every sample, drawn uniformly from those with a single cycle; a single sample stays.
 
     Sattolo's algorithm: Information Processing Letters 22 (1986), 315.
     """

@@ -1,5 +1,4 @@
-"""The output tokens of frozen encoders are cached, like their pooled features, for methods that read them
-(`Fusion.reads_tokens`).
+"""Cache the output tokens of frozen encoders, like their pooled features, for methods that use them (`Fusion.reads_tokens`).
 
 They are normalised first, so that float16 can hold them, and stored without padding, one store for each encoder and number
 format. `data.cache_prefix_limit` and the free space limit their size; beyond, encoders run in every step.

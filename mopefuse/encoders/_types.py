@@ -93,4 +93,4 @@ class Preprocess(Protocol):
         """Do what is best done on the encoder's device, called by `Encoder.encode`: normalise 8-bit pixels."""
 
     def describe(self) -> dict[str, Any]:
-        """Plain values for `encoders inspect` and for exported artefacts."""
+        """Plain values for `encoders inspect` and for exported artifacts."""

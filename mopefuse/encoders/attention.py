@@ -43,8 +43,8 @@ class Prompt(NamedTuple):
         gate_H: None as in the papers: prompts and tokens share one softmax. With one scalar per head, prompts have a separate
             softmax whose result is scaled by tanh(gate) and added; a gate of 0 leaves the layer unchanged.
         modulation: modulation of the layer's own tokens; it does not apply to the prompt.
-        mask_BP: False for prompt tokens without effect, of which a sample may have more than another; None without any.
-            Each sample has at least one token with effect.
+        mask_BP: False for prompt tokens without effect; samples may differ in how many they have; None without any. Each
+            sample has at least one token with effect.
         added_BLD: what is added to the layer's input tokens, before everything else and also in the residual; None for
             nothing, 0 leaves the layer unchanged.
     """
@@ -56,7 +56,7 @@ class Prompt(NamedTuple):
     added_BLD: Tensor | None = None
 
     def add_to(self, x_BLD: Tensor) -> Tensor:
-        """Add `added_BLD`, if there is something to add, to the layer's input, of which (B, ..., D) may be a grid."""
+        """Add `added_BLD`, if there is something to add, to the layer's input (B, ..., D), which may be a grid."""
         return x_BLD if self.added_BLD is None else x_BLD + self.added_BLD.to(x_BLD.dtype).view_as(x_BLD)
 
     def modulate(self, x_NLD: Tensor) -> Tensor:

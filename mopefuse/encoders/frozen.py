@@ -81,7 +81,10 @@ def encode_tokens(encoder: Encoder, inputs: Inputs) -> list[Tensor]:
 
 @torch.no_grad()
 def can_continue(encoder: Encoder, inputs: Inputs, prefix: Prefix) -> bool:
-    """Whether an encoder can start at a prefix of `inputs`, which a plugin's may not, and has one token per mask entry."""
+    """Whether an encoder can start at a prefix of `inputs` and has one token per mask entry.
+
+    A plugin's encoder may be unable to start at a prefix.
+    """
     seen: dict[int, Tensor] = {}
     start = prefix._replace(tokens_BLD=prefix.tokens_BLD + 1)
 

@@ -4,8 +4,8 @@ A prompt acts through its keys and values only (arXiv 2312.03734 drops the outpu
 modules of a layer must be known: the norm ahead of its attention, and the projections to keys and values. `Recorder` records
 every module call; `_site` tries combinations of recorded modules and accepts only one that, recomputed from the layer's input
 tokens, reproduces the keys and values passed to the attention function. They are compared row by row; as a set of rows if
-tokens are partitioned into windows; and by length only if keys have rotary positions (a rotation keeps lengths). A layer
-that cannot be verified is not promptable, and the reason is reported.
+tokens are partitioned into windows; and, if keys have rotary positions, only by their lengths (a rotation keeps lengths). A
+layer that cannot be verified is not promptable, and the reason is reported.
 
 Shapes: B batch, L tokens, H heads of the queries, G heads of keys and values, E width of a head, D width of the layer.
 """

@@ -41,7 +41,7 @@ class Removal:
     orders: Mapping[str, list[int]]
 
     @property
-    def natural(self) -> dict[str, int]:
+    def already_missing(self) -> dict[str, int]:
         """Number of rows that lack each modality in the data; without modalities that no row lacks."""
         return {name: count for name, missing_S in self.missing.items() if (count := int(missing_S.sum()))}
 
@@ -130,7 +130,7 @@ def _require_removable(kind: str, kinds: Mapping[str, tuple[str, ...]], model: F
             ConfigCode.MODALITY_NOT_OPTIONAL, f"{method} needs every modality that it reads", where=f"--missing {kind}", fix=fix
         )
     parts, read = set(kind.split("+")), set(modalities_read(model))
-    what, fix = f"{method} cannot predict without {kind}", f"use {' or '.join(f'--missing {name}=SHARE' for name in kinds)}"
+    what, fix = f"{method} cannot predict without {kind}", f"use {' or '.join(f'--missing {name}=FRACTION' for name in kinds)}"
     if unknown := sorted(parts - read):
         what = f"no encoder of this model reads {unknown[0]}"
     elif parts == read:

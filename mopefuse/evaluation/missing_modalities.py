@@ -33,24 +33,24 @@ class Cell:
 
     Args:
         missing: share of samples that lack each kind. rows: number of these samples.
-        natural: number of rows that lack each modality in the data.
+        already_missing: number of rows that lack each modality in the data.
     """
 
     missing: Shares
     rows: dict[str, int]
-    natural: dict[str, int]
+    already_missing: dict[str, int]
     samples: int
     metrics: dict[str, float]
 
     @property
     def words(self) -> str:
         """What is missing, in words."""
-        return describe_shares(self.missing, self.natural)
+        return describe_shares(self.missing, self.already_missing)
 
     @property
     def lacking(self) -> str:
         """How many samples lack which modality, in words."""
-        counts = self.rows or self.natural
+        counts = self.rows or self.already_missing
         return ", ".join(f"{count:,}" if self.rows else f"{count:,} {kind}" for kind, count in counts.items()) or "0"
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Missing:
         facts = {"split": self.split, "step": self.step, "seed": self.seed, "learned": self.learned}
         cells = [cell.as_dict() for cell in self.cells]
         first = self.cells[0]
-        return {**facts, "samples": first.samples, "natural": first.natural, "cells": cells, "orders": self.orders}
+        return {**facts, "samples": first.samples, "natural": first.already_missing, "cells": cells, "orders": self.orders}
 
 
 def evaluate_missing(
@@ -157,7 +157,13 @@ def _evaluate_cells(
         outputs = model_outputs(model, data, split, config, device, samples=taken, advance=report)
         found = score(outputs, data, split, opened.thresholds, predictions=predictions)
         cells.append(
-            Cell(missing=shares, rows=counts, natural=removal.natural, samples=len(removal.ids), metrics=found.metrics)
+            Cell(
+                missing=shares,
+                rows=counts,
+                already_missing=removal.already_missing,
+                samples=len(removal.ids),
+                metrics=found.metrics,
+            )
         )
     return cells
 

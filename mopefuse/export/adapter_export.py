@@ -154,7 +154,10 @@ def _thresholds_for(labels: Sequence[str], thresholds: float | Sequence[float]) 
     if len(each) != len(labels) or not all(0 < threshold < 1 for threshold in each):
         what = f"thresholds must be one probability, or one per label ({len(labels)}), got {thresholds!s:.60}"
         raise ConfigError(
-            ConfigCode.INVALID_THRESHOLDS, what, where="thresholds", fix="pass values between 0 and 1, or omit it for 0.5"
+            ConfigCode.INVALID_THRESHOLDS,
+            what,
+            where="thresholds",
+            fix="pass values between 0 and 1, or omit thresholds to use 0.5",
         )
     return each
 

@@ -18,12 +18,13 @@ tags:
 # {title}
 
 A classifier that maps {inputs} to {count} labels{several}: {labels}.
-Pretrained encoders, fused by the method `{method}` of mopefuse (conditional prompts from prompt experts: arXiv 2312.03734,
-2403.10568).
+Pretrained encoders, fused by mopefuse's `{method}` method{papers}.
 
 | side | encoder | revision | weights |
 |---|---|---|---|
 """
+
+_PAPERS = {"conditional": " (conditional prompts from prompt experts: arXiv 2312.03734, 2403.10568)"}
 
 _USE = {
     "adapter": """The encoders are not in this folder. They are loaded by name; loading fails if their weights
@@ -82,7 +83,8 @@ def model_card(
     several = " (any number of them per sample)" if facts["multi_label"] else ""
     inputs = " and ".join(dict.fromkeys(encoder["modality"] for encoder in facts["encoders"].values()))
     labelled = {"count": len(labels), "several": several, "labels": shown}
-    text = _HEAD.format(inputs=inputs, title=markdown(title), method=facts["method"], **labelled)
+    method = {"method": facts["method"], "papers": _PAPERS.get(facts["method"], "")}
+    text = _HEAD.format(inputs=inputs, title=markdown(title), **method, **labelled)
     for side, encoder in facts["encoders"].items():
         weights = encoder["fingerprint"] or "in this folder (tuned)"
         spec, revision = _code(encoder["spec"]), markdown(encoder["revision"] or "-")

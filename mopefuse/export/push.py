@@ -144,7 +144,7 @@ def send(parcel: Upload) -> str:
             repo_id=parcel.repo,
             folder_path=parcel.folder,
             allow_patterns=list(parcel.files),
-            commit_message="A model of mopefuse",
+            commit_message="Upload model trained with mopefuse",
         )
     except Exception as error:  # as above
         raise _explain(error, parcel.repo) from error

@@ -4,7 +4,7 @@ One label or two classes are a binary regression (Cox, J. R. Stat. Soc. B 20, 19
 objective is scikit-learn's divided by C and the number of samples: the mean weighted loss plus the squared weights, without
 the bias, times 1 / (2 C S).
 
-The optimiser works in the eigenbasis of the features' covariance, where the Hessian of a label is nearly diagonal: the
+The optimizer works in the eigenbasis of the features' covariance, where the Hessian of a label is nearly diagonal: the
 curvature of its loss, averaged over samples, times the eigenvalues (compare Böhning, Ann. Inst. Stat. Math. 44, 1992).
 
 Shapes: S samples, B samples of a block, F features, R directions of the eigenbasis, N labels or classes, A active ones
@@ -173,7 +173,7 @@ class LogisticRegression:
         """Compute the weights (N, F) and biases (N,) for a C (`strength`), in float64.
 
         Args:
-            max_iter: limit of optimiser steps.
+            max_iter: limit of optimizer steps.
             advance: called with the estimated fraction of the work that is done.
         """
         labels, width = self.solution_NP.shape

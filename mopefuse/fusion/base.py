@@ -51,7 +51,7 @@ class Fusion(nn.Module):
     uses: tuple[str, ...] = ("main", "comp")
     parts: ClassVar[dict[str, str]] = {
         r"^head\.": "head",
-        r"^absent\.": "absent conditions",
+        r"^absent\.": "replacements for missing modalities",
         r"^comp\d*\..*\.lora_[AB]\.": "LoRA of the complementary encoder",
         r"^main\..*\.lora_[AB]\.": "LoRA of the main encoder",
         r"^comp\d*\.": "complementary encoder",
@@ -163,7 +163,7 @@ class Fusion(nn.Module):
 
     def without_prompts(self, kind: str) -> AbstractContextManager[None]:
         """A context in which the model ignores one kind of prompts."""
-        raise NotImplementedError(f"{type(self).__name__} has no prompts {kind}")
+        raise NotImplementedError(f"{type(self).__name__} has no {kind} prompts")
 
     def unused_sections(self) -> list[str]:
         """Sections and settings that differ from their defaults and that this method does not use."""

@@ -1,4 +1,4 @@
-"""Simple models of frozen features, compared on held-out samples: where the training of a fusion method starts.
+"""Simple models on frozen features, compared on held-out samples: where the training of a fusion method starts.
 
 They are a logistic regression for each encoder, their average, one on all features, and an MLP. On small data the
 validation split alone would choose by luck, so that samples of the training split, each predicted by models that were fitted
@@ -26,11 +26,11 @@ _MANY_HELD_OUT = 500  # validation samples that suffice without cross-validation
 _MANY_TO_FIT = 5000  # training samples up to which cross-validation takes seconds
 
 Weights = tuple[Tensor, Tensor]
-"""Weight (N, F) and bias (N,) of a linear model of all features."""
+"""Weight (N, F) and bias (N,) of a linear model on all features."""
 
 
 class Baseline(NamedTuple):
-    """A fitted model of frozen features.
+    """A fitted model on frozen features.
 
     Attributes:
         name: such as "logistic regression on main".
@@ -127,7 +127,11 @@ class _Comparison:
 
 
 def _overfits(found: Sequence[Baseline]) -> bool:
-    """Whether the last two of models with ever less regularisation have a higher loss and no higher score than those before."""
+    """Whether the last two of some models have a higher loss and no higher score than those before.
+
+    Args:
+        found: in order of decreasing regularisation.
+    """
     if len(found) < 3:
         return False
     earlier, last = found[:-2], found[-2:]
@@ -153,14 +157,14 @@ class Baselines(NamedTuple):
     def best(self) -> Baseline:
         """The baseline with the lowest loss among those whose score is within a standard error of the best score.
 
-        A difference within the noise of the score is decided by the loss, which has less.
+        A difference within the noise of the score is decided by the loss, which is less noisy.
         """
         score = max(one.score for one in self.fitted)
         error = math.sqrt(max(score * (1 - score), 0.0) / self.samples)
         return min((one for one in self.fitted if one.score >= score - error), key=lambda one: one.loss)
 
     @property
-    def best_calibrated(self) -> Baseline:
+    def lowest_loss(self) -> Baseline:
         """The baseline with the lowest loss. One that merely memorised the training split leaves nothing to learn there."""
         return min(self.fitted, key=lambda one: one.loss)
 
@@ -168,14 +172,14 @@ class Baselines(NamedTuple):
         """A sentence for the user: the chosen baseline and the scores of all."""
         how = f"{self.folds}-fold cross-validation and validation" if self.folds else "validation"
         others = ", ".join(f"{one.name} {percent(one.score)}" for one in self.fitted if one is not self.best)
-        text = f"step 0 is the best model of frozen features on {how}: {self.best.name}, {percent(self.best.score)} ({others})"
-        trained = self.best_calibrated
+        text = f"step 0 is the best model on frozen features by {how}: {self.best.name}, {percent(self.best.score)} ({others})"
+        trained = self.lowest_loss
         return text if trained is self.best else f"{text}; training starts from {trained.name}, which has the lowest loss"
 
     def facts(self) -> dict[str, Any]:
         """Plain values, as in ``start.json``."""
         table = [{"name": one.name, "score": one.score, "loss": one.loss} for one in self.fitted]
-        chosen = {"best": self.best.name, "trained_from": self.best_calibrated.name}
+        chosen = {"best": self.best.name, "trained_from": self.lowest_loss.name}
         return {**chosen, "samples": self.samples, "folds": self.folds, "baselines": table}
 
 

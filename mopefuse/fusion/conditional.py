@@ -6,7 +6,7 @@ the papers' inserted tokens (`gate: none`), or through a separate gated attentio
 * `gate: zero`, and FiLM in addition to prompts or instead of them.
 * `head_features: all`: the head takes the pooled features of all encoders, and with `head_hidden` it is a linear layer plus an
   MLP of them.
-* `warm_start: auto`: simple models of the frozen features are compared (`mopefuse.fusion.baselines`), and step 0 is the best
+* `warm_start: auto`: simple models on the frozen features are compared (`mopefuse.fusion.baselines`), and step 0 is the best
   of them. A later step is selected only if it is better on validation by more than noise. `linear` considers logistic
   regression on all features only.
 * Several complementary encoders, each a separate condition. A modality that a sample lacks is replaced by a learned
@@ -209,7 +209,7 @@ class ConditionalFusion(Fusion):
         return self.stack.without_prompts(kind)
 
     def fit(self, train: Fold, val: Fold, how: FitSettings, advance: Advance) -> Fitted:
-        """Fit the model of frozen features that training starts from; see `Fusion.fit`."""
+        """Fit the model on frozen features that training starts from; see `Fusion.fit`."""
         config = self.config
         if config.warm_start == "linear":
             fitted = Fitted.of_regressions(fit_heads({"head": tuple(train.features)}, train, val, how, advance))
@@ -218,8 +218,8 @@ class ConditionalFusion(Fusion):
         network = NetworkSettings(config.head_hidden, config.mlp.dropout, config.seed) if config.head_hidden else None
         found = fit_baselines(train, val, how, network, advance, seed=config.seed)
         state = {**found.standard, **self._head_state(found.best.model)}
-        differs = found.best_calibrated is not found.best
-        train_from = self._head_state(found.best_calibrated.model) if differs else {}
+        differs = found.lowest_loss is not found.best
+        train_from = self._head_state(found.lowest_loss.model) if differs else {}
         return Fitted(state, found.summary(), train_from, found.facts())
 
     def _head_state(self, model: Network | Weights) -> dict[str, Tensor]:

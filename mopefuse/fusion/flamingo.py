@@ -3,7 +3,7 @@
 Alayrac et al., Flamingo: a Visual Language Model for Few-Shot Learning, https://arxiv.org/abs/2204.14198.
 
 Shapes: B batch, L tokens of the main encoder, D width of its layer, T tokens of a complementary encoder, R tokens that are
-read of all complementary encoders, W width of the attention, H heads, E width of one head, X any number of tokens.
+read from all complementary encoders, W width of the attention, H heads, E width of one head, X any number of tokens.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         q_BHXE = split_heads(self.query(normed_BXD), self.heads)
         k_BHRE, v_BHRE = (split_heads(part, self.heads) for part in self.key_value(read_BRW).chunk(2, dim=-1))
         any_B1 = mask_BR.any(dim=1, keepdim=True)
-        mask_B11R = (mask_BR | ~any_B1)[:, None, None]  # a softmax over nothing is not a number
+        mask_B11R = (mask_BR | ~any_B1)[:, None, None]  # a softmax over no keys gives NaN
         dropout = self.dropout if self.training else 0.0
         seen_BHXE = F.scaled_dot_product_attention(q_BHXE, k_BHRE, v_BHRE, attn_mask=mask_B11R, dropout_p=dropout)
         out_BXD: Tensor = self.output(seen_BHXE.transpose(1, 2).flatten(2))
@@ -125,7 +125,7 @@ class GatedLayer(nn.Module):
 class Flamingo(Fusion):
     """A gated layer precedes each chosen layer of the main encoder, whose pooled feature is classified.
 
-    The gated layer adds to all tokens what they read by cross-attention of the output tokens of the complementary encoders,
+    The gated layer adds to all tokens what they read by cross-attention to the output tokens of the complementary encoders,
     which a resampler reduces to ``flamingo.resampled`` tokens. All encoders are frozen; gradients pass through the main one.
     ``prompts.layers`` chooses the layers. With ``--head-features all`` the head also takes the complementary features.
 

@@ -89,7 +89,7 @@ class MAP(Fusion):
         return prompt_at
 
     def choose(self, side: str, each_BJPD: Tensor, batch: Batch) -> Tensor:
-        """The prompt of each sample's case (B, P, D): case 0 lacks none of `others`, and that of number i adds 2**i."""
+        """The prompt of each sample's case (B, P, D): in case 0 no side is missing; a missing `others[i]` adds 2**i."""
         for other in reversed(self.others(side)):
             there_BJPD, lacking_BJPD = each_BJPD.chunk(2, dim=1)
             missing_B = batch.missing.get(other)

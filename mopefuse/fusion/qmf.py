@@ -1,4 +1,4 @@
-"""QMF: late fusion in which each side's prediction counts as much as it is confident, sample by sample.
+"""QMF: late fusion in which each side's prediction is weighted by its confidence, sample by sample.
 
 Zhang et al., Provable Dynamic Fusion for Low-Quality Multimodal Data, https://arxiv.org/abs/2306.02050. The energy score is
 that of Liu et al., https://arxiv.org/abs/2010.03759; for several labels a row, that of Wang et al.,
@@ -23,7 +23,7 @@ from mopefuse.encoders.base import Encoder
 from mopefuse.fusion.base import Fusion, Output
 from mopefuse.fusion.output import SideOutputs
 
-_LEAST = 0.01  # energy, so that a side that stands alone always decides
+_LEAST = 0.01  # minimum energy, so that the only side present always has a positive weight
 
 
 class QMF(Fusion):
@@ -32,12 +32,12 @@ class QMF(Fusion):
     Heads take standardised features of frozen encoders. A side's confidence is the energy score of its logits (their
     log-sum-exp, or for several labels a row the sum of log(1 + exp)), above 0, times ``qmf.scale``. The loss is the sum of
     the losses of the fused logits and of each side's own, plus a ranking loss: of two samples, a side should be more
-    confident about the one that it predicts better, by the difference of how badly it predicts the two.
+    confident about the one that it predicts better, by a margin equal to the difference of its losses on the two.
 
     As in the paper: the fused logits, their weights, and the three losses; no gradients pass through the weights. Unlike the
     paper: encoders are frozen; a side's loss in the current step, as 1 - exp(-loss), replaces the average over all epochs so
     far, which would be a state outside of the model; samples are paired within a batch, or the part of it that one process
-    computes at once. A side that a sample lacks has weight 0, and both sides may be lacking without ``--either``, since
+    computes at once. A side that a sample lacks has weight 0, and either side may be missing, even without ``--either``, since
     each head is trained to predict by itself. Limits: a sample that has one side only is classified as that side's head does;
     with equal confidences it is the sum of the sides' logits.
     """

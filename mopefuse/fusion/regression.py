@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mopefuse.config.schema import Linear
+from mopefuse.config.method_settings import Linear
 from mopefuse.core.error_codes import NumericCode
 from mopefuse.core.precision import to_float32
 from mopefuse.data.collate import FeatureTable
@@ -106,7 +106,7 @@ class Fitted(NamedTuple):
     Attributes:
         state: trainable tensors by name.
         notice: for the user: what was fitted and chosen.
-        train_from: tensors in which training is to start from others than `state`, if steps follow.
+        train_from: tensors whose training starts from these values instead of those in `state`, if steps follow.
         facts: plain values to save with the run.
     """
 

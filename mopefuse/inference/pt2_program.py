@@ -18,7 +18,7 @@ from typing_extensions import NotRequired, TypedDict
 from mopefuse.inference.pt2_vocabulary import ArgumentName, Count, Dtype, Expr, Float, Integer, Name, Path, Symbol, Target, Text
 
 T = TypeVar("T")
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # also of what is inside
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # applies to nested types too
 
 
 def _only_value(value: T) -> T:
@@ -27,7 +27,7 @@ def _only_value(value: T) -> T:
     return value
 
 
-def _no_longer(value: object) -> object:
+def _drop_submodule_signatures(value: object) -> object:
     """Keep the first entry only, the signature of the graph; the others belong to submodules that no longer exist."""
     return value[:1] if isinstance(value, list) else value
 
@@ -237,7 +237,7 @@ class _Call(TypedDict):
 class _GraphModule(TypedDict):
     graph: _Graph
     signature: _Signature
-    module_call_graph: Annotated[list[_Call], BeforeValidator(_no_longer), Field(min_length=1)]
+    module_call_graph: Annotated[list[_Call], BeforeValidator(_drop_submodule_signatures), Field(min_length=1)]
     metadata: _Nothing
     treespec_namedtuple_fields: NotRequired[_Nothing]
 

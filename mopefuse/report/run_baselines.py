@@ -37,7 +37,7 @@ def baselines(facts: RunFacts) -> Section:
 
 
 def _start(facts: RunFacts) -> str:
-    """Describe the model of frozen features that a run started from, and its gain; empty if it started from scratch."""
+    """Describe the model on frozen features that a run started from, and its gain; empty if it started from scratch."""
     scores = {line["step"]: (line.get("val") or {}).get(facts.main_metric) for line in facts.log}
     first, chosen = scores.get(0), scores.get(facts.step)
     if facts.config.warm_start == "none" or not isinstance(first, int | float) or not isinstance(chosen, int | float):
@@ -45,7 +45,8 @@ def _start(facts: RunFacts) -> str:
     name, start = facts.main_metric.replace("_", " "), facts.result.get("start")
     if start:
         others = ", ".join(f"{one['name']} {percent(one['score'])}" for one in start["baselines"])
-        text = f"Step 0 is the best of these models of the frozen features on {start['samples']:,} held-out samples: {others}."
+        held_out = f"{start['samples']:,} held-out samples"
+        text = f"Step 0 is the best of these models on the frozen features, compared on {held_out}: {others}."
     else:
         text = "Step 0 is a logistic regression on the features of the frozen encoders."
     if facts.step == 0:

@@ -97,8 +97,8 @@ def calibration(facts: RunFacts) -> Section:
     tendency = "less confident than it could be" if gap > 0 else "more confident than it should be"
     caption = (
         f"Expected calibration error {percent(found.error)}; on average the model is {tendency} "
-        f"({100 * abs(gap):.1f} points). {kind}A dot is a bin of confidence, larger for more predictions. Red: "
-        "overconfident; green: underconfident. The error is the mean gap between confidence and accuracy, in "
+        f"({100 * abs(gap):.1f} points). {kind}Each dot is one confidence bin; larger dots hold more predictions. "
+        "Red: overconfident; green: underconfident. The error is the mean gap between confidence and accuracy, in "
         f"{len(found.bins)} bins of equal width (Guo et al. 2017)."
     )
     return Section("calibration", "Calibration", fragment("figure", chart, caption), (chart,), half=True)

@@ -22,7 +22,7 @@ def missing(facts: RunFacts) -> Section | None:
         begin = [] if whole is None or found["natural"] else [(0.0, whole)]
         points = [(100 * share, score) for share, score in (*begin, *(point for point in mine if point[0] > 0))]
         lines.append(Curve(what.replace("+", " and "), points))
-    columns = ["", "samples that lack it", name, *([] if whole is None else ["points"])]
+    columns = ["missing", "samples without it", name, *([] if whole is None else ["change in points"])]
     rows = [
         [cell["words"], cell["lacking"], percent(cell["metrics"][name])]
         + ([] if whole is None else [f"{100 * (cell['metrics'][name] - whole):+.1f}"])

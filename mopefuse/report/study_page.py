@@ -104,8 +104,8 @@ def _settings(facts: StudyFacts) -> Section:
     rows = [("folder", str(facts.folder)), ("seeds", ", ".join(map(str, seeds)))]
     rows.append(("baseline", str(facts.study.get("baseline") or "none")))
     if facts.comparison is not None:
-        compared = facts.comparison.against or "nothing"
-        rows += [("compared", f"{facts.comparison.metric} with that of {compared}"), *_circumstances(facts.comparison)]
+        against = f", against {facts.comparison.against}" if facts.comparison.against else ""
+        rows += [("compared", f"{facts.comparison.metric}{against}"), *_circumstances(facts.comparison)]
     rows.append(("written by", f"mopefuse {facts.study.get('mopefuse', 'of an unknown version')}"))
     return Section("settings", "Settings", fragment("rows", rows) + _common(facts) + _own(facts))
 

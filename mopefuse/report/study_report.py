@@ -54,7 +54,7 @@ def report_study(
     known = study_facts(study)
     check_places(page, None, figures)
     done = any(has_result(study, cell) for cell in known["cells"])
-    comparison = compare([study], against=against, metric=metric, partly=True) if done else None
+    comparison = compare([study], against=against, metric=metric, allow_unfinished=True) if done else None
     facts = StudyFacts(study, known, comparison)
     parts = study_page.sections(facts)
     write(page, study_page.study_page(facts, parts))

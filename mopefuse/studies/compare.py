@@ -113,7 +113,7 @@ class _Groups(NamedTuple):
 
 
 def compare(
-    paths: Sequence[Path], *, against: str | None = None, metric: str | None = None, partly: bool = False
+    paths: Sequence[Path], *, against: str | None = None, metric: str | None = None, allow_unfinished: bool = False
 ) -> Comparison:
     """Compare runs, or the finished cells of one study.
 
@@ -123,7 +123,7 @@ def compare(
         against: label of the row (or path of a run in it) that significance is computed against, see
             `mopefuse.metrics.bootstrap.difference`; default the study's baseline.
         metric: the metric to compare by; default the study's, else accuracy, or macro-F1 of multi-label data.
-        partly: leave out unfinished and failed cells of a study without an error or a notice.
+        allow_unfinished: leave out unfinished and failed cells of a study without an error or a notice.
 
     Of several folders, those that are not a finished run, or that repeat another one, are left out, with a notice. So are
     runs that were tested on other data than most, or than the run `against`.
@@ -133,7 +133,7 @@ def compare(
         ConfigError: no run is finished, runs were tested on different data, or an unknown label or metric.
     """
     folders = [Path(path) for path in paths]
-    groups = _read_groups(folders, against, partly=partly)
+    groups = _read_groups(folders, against, allow_unfinished=allow_unfinished)
     notices = list(groups.notices)
     if against is None and groups.baseline is not None:
         if groups.baseline in dict(groups.rows):
@@ -170,7 +170,7 @@ def compare(
     return _compare_with(comparison, dict(groups.rows), against, metric) if against is not None else comparison
 
 
-def _read_groups(folders: Sequence[Path], against: str | None, *, partly: bool) -> _Groups:
+def _read_groups(folders: Sequence[Path], against: str | None, *, allow_unfinished: bool) -> _Groups:
     studies = [folder for folder in folders if (folder / STUDY_FILE).is_file()]
     if studies and len(folders) > 1:
         what = "a study cannot be compared with other runs or studies"
@@ -181,7 +181,7 @@ def _read_groups(folders: Sequence[Path], against: str | None, *, partly: bool) 
         rows, repeated = group_by_settings(read_finished(named))
         return _Groups(rows, notices + elsewhere + repeated)
     facts = study_facts(studies[0])
-    rows, notices = _study_rows(studies[0], facts, partly=partly)
+    rows, notices = _study_rows(studies[0], facts, allow_unfinished=allow_unfinished)
     search = facts.get("search")
     if search:
         notices.append(_search_notice(search))
@@ -270,22 +270,22 @@ def has_result(folder: Path, cell: dict[str, Any]) -> bool:
 def _search_notice(search: dict[str, Any]) -> str:
     best = search.get("best")
     chosen = f"validation chose {best}" if best else "none is chosen yet"
-    return f"rows are trials of a search: {chosen}; choosing by the test split would make its metrics too good"
+    return f"rows are trials of a search: {chosen}; choosing on the test split would make the test metrics too optimistic"
 
 
 def _study_rows(
-    folder: Path, facts: dict[str, Any], *, partly: bool
+    folder: Path, facts: dict[str, Any], *, allow_unfinished: bool
 ) -> tuple[list[tuple[str, list[FinishedRun]]], list[str]]:
-    """Label and finished runs of each row, and a notice for each cell that failed; no notices with `partly`."""
+    """Label and finished runs of each row, and a notice for each cell that failed; no notices with `allow_unfinished`."""
     failed = [cell for cell in facts["cells"] if cell["state"] == "failed"]
     notices = [
         f"left out: {cell['label']}, seed {cell.get('seed')}: {(cell.get('error') or {}).get('message', 'failed')}"
         for cell in failed
     ]
-    used = [cell for cell in facts["cells"] if (has_result(folder, cell) if partly else cell not in failed)]
+    used = [cell for cell in facts["cells"] if (has_result(folder, cell) if allow_unfinished else cell not in failed)]
     named = [(f"{cell['label']}, seed {cell.get('seed')}", folder / cell["run"]) for cell in used]
     runs = {run.path: run for run in read_finished(named)}
     rows: dict[str, list[FinishedRun]] = {}
     for cell in used:
         rows.setdefault(cell["label"], []).append(runs[folder / cell["run"]])
-    return list(rows.items()), [] if partly else notices
+    return list(rows.items()), [] if allow_unfinished else notices

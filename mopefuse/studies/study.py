@@ -119,7 +119,7 @@ def run_study(study: Study, out: Path, *, jobs: int = 1, listener: StudyListener
             metric, multi_label = study.file.metric, load_data(waiting[0].cell.config.data).multi_label
             if metric in (("accuracy",) if multi_label else ("f1_micro", "f1_samples")):
                 what = f"metric {metric!r} is not defined for {'multi-label' if multi_label else 'single-label'} data"
-                fix = "remove metric to compare by the default one"
+                fix = "remove the key `metric` to use the default metric"
                 raise ConfigError(ConfigCode.UNKNOWN_STUDY_METRIC, what, where=f"{study.name}, metric", fix=fix)
         with StopRequest() as stop:
             Schedule(study=study, out=out, statuses=statuses, jobs=jobs, listener=listener).run(stop)
@@ -144,7 +144,7 @@ def claim_folder(out: Path, listener: StudyListener) -> Iterator[None]:
         raise ConfigError(ConfigCode.BAD_STUDY_FOLDER, f"{out} is neither empty nor a study", where="--out", fix=fix)
     if items and read_json(out / STUDY_FILE).get("kind") != KIND:
         raise ConfigError(
-            ConfigCode.BAD_STUDY_FOLDER, f"{STUDY_FILE} in {out} does not describe a study of mopefuse", where="--out", fix=fix
+            ConfigCode.BAD_STUDY_FOLDER, f"{STUDY_FILE} in {out} does not describe a mopefuse study", where="--out", fix=fix
         )
     folder = RunFolder(out)
     try:

@@ -39,7 +39,7 @@ class Duration:
 
     @property
     def notice(self) -> str:
-        """A warning that ``--steps`` has no effect because ``--epochs`` ends first; empty if it has."""
+        """A warning that ``--steps`` has no effect because ``--epochs`` ends first; empty if ``--steps`` has an effect."""
         if self.max_steps is None or self.max_steps <= self.total:
             return ""
         what = f"--steps {self.max_steps:,} is never reached: --epochs {self.epochs:,} ends after {self.total:,} steps"

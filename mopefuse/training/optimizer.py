@@ -102,4 +102,5 @@ def load_optimizer_state(
                 fix="use a different checkpoint",
             )
         parameter = parameters[name]
-        optimizer.state[parameter][key] = tensor.to(parameter.device).clone()  # even the step count of a fused one
+        # a fused AdamW keeps even its step count on the device
+        optimizer.state[parameter][key] = tensor.to(parameter.device).clone()

@@ -19,7 +19,7 @@ MAY_CHANGE = frozenset(
     ).split()
 )
 """Settings that a resumed run may change; all others define the run."""
-_RESOLVED = {"data.cache_prefix": "auto"}  # values that a run replaces when it begins, besides None
+_RESOLVED = {"data.cache_prefix": "auto"}  # placeholders, besides None, that a run resolves at its start
 
 
 def merge_resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:

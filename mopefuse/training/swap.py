@@ -85,7 +85,7 @@ def swap_encoder(
         data: another data set, possibly with other labels.
         settings: other settings of the new run, nested.
         epochs: number of tuning epochs; 0 leaves the swapped model untrained.
-        warm_up: number of the first of these epochs in which only new parameters learn.
+        warm_up: number of initial epochs in which only new parameters are trained.
         scratch: with `epochs`, also train a model from scratch for as many, into ``<out>-scratch``, for comparison.
 
     Raises:
@@ -180,7 +180,7 @@ def _derived_settings(config: RunConfig, model: Fusion) -> list[tuple[str, str]]
     """The settings whose values were derived from the encoders, to be derived again from the new ones."""
     derived = []
     candidates = [("prompts", "init"), ("pmf", "bottleneck"), ("train", "lr"), ("train", "lr_comp"), ("train", "lr_head")]
-    if config.prompts.token_dropout:  # 0 is what another encoder would get as well
+    if config.prompts.token_dropout:  # 0 is valid with any encoder
         candidates.append(("prompts", "token_dropout"))
     for section, key in candidates:
         saved = getattr(config, section)

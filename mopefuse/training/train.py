@@ -108,7 +108,7 @@ def _train(
     # 2. Data, resolved configuration and model, as `plan` prepares them.
     prepared = prepare(origin.config, listener, device)
     listener.on_rows({name: len(prepared.data.splits[name].rows) for name in SPLITS if name in prepared.data.splits})
-    # 3. The folder is found to be of the same data and encoders, or becomes a run.
+    # 3. Check that the folder's run has the same data and encoders, or make the folder a run.
     facts = None if origin.facts is None else _same_run(folder, prepared, origin.facts)
     prepared, prefixes = _with_prefixes(prepared, device, listener)
     facts = facts or _begin(folder, prepared, origin, listener)

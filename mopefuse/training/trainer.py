@@ -59,8 +59,8 @@ class Start(NamedTuple):
     Args:
         state: the trainable state of the model.
         fresh: names of the parameters that are new, not taken from a trained model.
-        warm_up: number of first epochs in which only `fresh` parameters learn.
-        train_from: tensors in which training starts from others than `state`, which is step 0.
+        warm_up: number of initial epochs in which only `fresh` parameters are trained.
+        train_from: tensors whose training starts from these values instead of those in `state`, which is step 0.
         is_baseline: whether a later step must exceed step 0 on validation by more than noise to be selected.
     """
 
@@ -112,7 +112,8 @@ class Trainer:
         # 3. Loss, gradients and optimizer.
         self.class_weights = self._class_weights()
         self._backward = Backward(model, config, device, multi_label=data.multi_label, weights=self.class_weights)
-        self._parameters = model.named_trainable_parameters()  # collected once: as slow as a step of a small head
+        # collected once, because collecting them takes as long as a training step of a small head
+        self._parameters = model.named_trainable_parameters()
         self.names = {id(parameter): name for name, parameter in self._parameters.items()}
         self.optimizer = make_optimizer(model, config.train)
         # 4. The state of training.
@@ -208,7 +209,7 @@ class Trainer:
         for epoch, global_batch in self._schedule():
             if self._out_of_patience():
                 break
-            if not self.model.training:  # as slow as a step of a small head, for large encoders
+            if not self.model.training:  # for large encoders, `train()` takes as long as a training step of a small head
                 self.model.train()
             batch = next(loader).to(self.device)
             loss, lr = self._step(batch, global_batch)
