@@ -22,7 +22,7 @@ RECIPE = "digit-questions/demo"
 _STATIC_ONLY = {"prompts.dynamic": 0, "prompts.mapped": 0, "prompts.film": False, "warm_start": "none"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "conditional": ("conditional prompts and FiLM", {}),
-    "cross-attention": ("cross-attention to the patches", {"method": "cross-attention", "train.lr": 3e-3, "train.epochs": 40}),
+    "cross-attention": ("cross-attention to the patches", {"method": "cross-attention", "train.lr": 3e-3, "train.epochs": 160}),
     "mlp": ("MLP on both features", {"method": "mlp"}),
     "linear": ("logistic regression on both features", {"method": "linear"}),
     "static": ("static prompts only", _STATIC_ONLY),
