@@ -14,7 +14,7 @@ from mopefuse.fusion import baselines
 from mopefuse.fusion.baselines import Baseline, Baselines, fit_baselines, hold_out
 from mopefuse.fusion.mlp_fit import NetworkSettings
 from mopefuse.fusion.regression import FitSettings, Fold
-from mopefuse.metrics.significance import exceeds_noise
+from mopefuse.metrics.significance import difference_in_errors, exceeds_noise
 
 HOW = FitSettings(2, multi_label=False, threshold=0.5, balanced=False, settings=Linear(strengths=(0.01, 1.0)))
 NETWORK = NetworkSettings(hidden=64, dropout=0.0, seed=0)
@@ -146,4 +146,23 @@ def test_an_improvement_counts_only_beyond_noise(gained: int, lost: int, samples
     start_S[:lost] = 1
     score_S = torch.zeros(samples)
     score_S[lost : lost + gained] = 1
-    assert exceeds_noise(score_S, start_S) == expected
+    difference = difference_in_errors(score_S, start_S)
+    assert exceeds_noise([difference]) == expected
+    assert difference_in_errors(start_S, score_S) == -difference
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [([2.0], False), ([2.0] * 2, False), ([2.0] * 3, True), ([0.0, 2.5, 1.0], False), ([3.0, 3.0, -0.5], True),
+     ([9.0, 0.0, 0.0, 0.0], False), ([0.0, 0.0, 2.6], True)],
+)  # fmt: skip
+def test_an_improvement_that_lasts_counts_when_one_validation_alone_is_within_noise(
+    differences: list[float], expected: bool
+) -> None:
+    assert exceeds_noise(differences) == expected
+
+
+def test_models_that_differ_on_every_sample_alike_differ_by_a_finite_number() -> None:
+    right_S, wrong_S = torch.ones(5), torch.zeros(5)
+    found = [difference_in_errors(*pair) for pair in ((right_S, wrong_S), (wrong_S, right_S), (right_S, right_S))]
+    assert found == [1e6, -1e6, 0.0]

@@ -15,8 +15,10 @@ from conftest import TINY, call, make_pairs, run_cli
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mopefuse.config.schema import Data
 from mopefuse.data.findings import KINDS, row_findings
 from mopefuse.data.index import Index
+from mopefuse.data.load import load_data
 from mopefuse.data.sets.digit_questions import make
 from mopefuse.report.data_check import check_page
 
@@ -256,6 +258,20 @@ def test_leaks_are_counted_and_name_both_rows(tmp_path: Path) -> None:
         ("leaked-text", "val.jsonl:1, id v1", "its text is also in train.jsonl:1, id t1"),
         ("leaked-text", "val.jsonl:2, id v2", "its text is also in train.jsonl:3, id t3"),
     ]
+
+
+def test_leaks_into_held_out_rows_are_those_that_training_reports(tmp_path: Path) -> None:
+    for number in range(1, 31):
+        save(tmp_path / f"{number}.png", seed=number % 15)  # each image twice, under two names
+    write(tmp_path / "train.jsonl", *(line(f"r{number}", f"{number}.png", "ab"[number % 2]) for number in range(1, 31)))
+    fractions = {"val_fraction": 0.2, "test_fraction": 0.2}
+    found = report(tmp_path, **fractions)
+    assert min(found.leaks[name]["images"] for name in ("val", "test")) > 0
+    first = found.findings[0]
+    assert re.fullmatch(r"held out for (val|test), but its image is also in train.jsonl:\d+, id r\d+", first.message)
+    notices = "; ".join(load_data(Data(path=str(tmp_path), **fractions)).notices)
+    for name, counts in found.leaks.items():
+        assert re.search(rf"\b{counts['images']} images? of {name} (is|are) also in train", notices)
 
 
 # -- other formats

@@ -188,10 +188,10 @@ def test_a_later_step_must_exceed_step_0_by_more_than_noise(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(data, train__epochs=6, train__lr_head=1e-2, linear__strengths=[1e-6])
-    monkeypatch.setattr("mopefuse.training.trainer.exceeds_noise", lambda score_S, start_S: True)
+    monkeypatch.setattr("mopefuse.training.trainer.exceeds_noise", lambda differences: True)
     free = train(settings, tmp_path / "free")
     assert free["selected_step"] > 0, "this data and seed must improve, or the rest shows nothing"
-    monkeypatch.setattr("mopefuse.training.trainer.exceeds_noise", lambda score_S, start_S: False)
+    monkeypatch.setattr("mopefuse.training.trainer.exceeds_noise", lambda differences: False)
     assert train(settings, tmp_path / "strict")["selected_step"] == 0
     monkeypatch.undo()
     scores = read_tensors(RunFolder(tmp_path / "free").checkpoint("last")[0] / "start-scores.safetensors")["score_S"]
@@ -202,7 +202,7 @@ def test_a_later_step_must_exceed_step_0_by_more_than_noise(
 def test_training_continues_while_it_improves_although_step_0_is_not_exceeded(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mopefuse.training.trainer.exceeds_noise", lambda score_S, start_S: False)
+    monkeypatch.setattr("mopefuse.training.trainer.exceeds_noise", lambda differences: False)
     settings = config(data, train__epochs=5, train__patience=1, train__lr_head=1e-2, linear__strengths=[1e-6])
     log = [line for line in train_and_read(settings, tmp_path / "run") if "val" in line]
     losses = [line["val"]["loss"] for line in log]

@@ -32,7 +32,7 @@ from mopefuse.data.index import Index
 from mopefuse.data.index_build import build, read_rows
 from mopefuse.data.label_check import locate_suspicious_labels
 from mopefuse.data.load import get_roots, notice_splits
-from mopefuse.data.split_rows import divide_rows, missing_split_hint
+from mopefuse.data.split_rows import Parts, divide_rows, missing_split_hint
 from mopefuse.data.summary import Advance, Texts, Tokens, count_labels, describe_split, find_extremes, read_texts, rows_of
 from mopefuse.data.tables import Table, find_tables
 from mopefuse.errors import DataError
@@ -169,7 +169,8 @@ def check(
     labels, label_findings = cross_row_checks.find_labels(indexes, reading.roots[0], config)
     if "train" in indexes:
         label_findings += locate_suspicious_labels(indexes["train"], reading.roots[0], config)
-    leaks = list(cross_row_checks.leak_findings(indexes))
+    parts, refused = _divide(indexes, path, config)
+    leaks = list(cross_row_checks.leak_findings(parts))
     found += _row_and_file_findings(indexes, reading.roots)
     found += [
         *text_findings,
@@ -177,8 +178,7 @@ def check(
         *cross_row_checks.mixed_labels(indexes),
         *cross_row_checks.unknown_labels(indexes, labels),
     ]
-    found += [*cross_row_checks.shared_ids(indexes), *(finding for _, finding in leaks)]
-    trained, refused = _in_training(indexes, path, config)
+    found += [*cross_row_checks.shared_ids(indexes), *(finding for _, _, finding in leaks)]
     found += refused if not any(finding.kind in _NO_ROWS for finding in found) else []
     return Report(
         config=config,
@@ -187,11 +187,11 @@ def check(
         indexes=indexes,
         findings=sorted(found, key=_order),
         splits={name: describe_split(index, _bad_rows(index)) for name, index in indexes.items()},
-        trained=trained,
+        trained=_count_trained(parts, config) if not refused else {},
         balance=count_labels(indexes, labels),
         multi_label=any(bool(index.list_S.any()) for index in indexes.values()),
         texts=texts,
-        leaks=_count_leaks(leaks, indexes, reading.modalities),
+        leaks=_count_leaks(leaks, parts, reading.modalities),
         seconds=seconds,
         files_read=reading.files_read.total(),
         from_cache=bool(indexes) and not any(index.fresh for index in indexes.values()),
@@ -208,14 +208,16 @@ def _row_and_file_findings(indexes: Indexes, roots: tuple[Path, ...]) -> list[Fi
     return found
 
 
-def _count_leaks(leaks: list[tuple[str, Finding]], indexes: Indexes, modalities: tuple[str, ...]) -> dict[str, dict[str, int]]:
+def _count_leaks(
+    leaks: list[tuple[str, str, Finding]], parts: Parts, modalities: tuple[str, ...]
+) -> dict[str, dict[str, int]]:
     """Count the leaks of val and test by the plural of the modality, files first."""
-    counts = Counter((finding.split, modality) for modality, finding in leaks)
+    counts = Counter((split, modality) for split, modality, _ in leaks)
     ordered = sorted(modalities, key=lambda modality: not get_modality(modality).is_file)
     return {
         name: {get_modality(modality).plural: counts[name, modality] for modality in ordered}
-        for name in indexes
-        if name != "train" and "train" in indexes
+        for name in sorted(parts, key=SPLITS.index)
+        if name != "train" and "train" in parts
     }
 
 
@@ -330,19 +332,30 @@ class _Reading:
         return Finding(kind="missing-split", split=name, where=where, message=message, hint=hint, code=DataCode.NO_SPLIT.text)
 
 
-def _in_training(indexes: Indexes, path: Path, config: DataConfig) -> tuple[dict[str, dict[str, int]], list[Finding]]:
-    """Count rows and labels of each split as training uses them, where rows are held out or drawn.
+def _divide(indexes: Indexes, path: Path, config: DataConfig) -> tuple[Parts, list[Finding]]:
+    """Divide rows among splits as training does.
 
     Returns:
-        The counts, and the finding that training could not use the data.
+        The rows of each split, and the finding that training could not use the data.
     """
-    if not (config.val_fraction or config.test_fraction or config.shots or config.fraction):
-        return {}, []
+    whole: Parts = {name: (index, index.good()) for name, index in indexes.items()}
+    if not _differs_in_training(config):
+        return whole, []
     try:
-        parts = divide_rows(indexes, path, config)
+        return divide_rows(indexes, path, config), []
     except DataError as error:
-        return {}, [finding_of(error, "empty-split")]
+        return whole, [finding_of(error, "empty-split")]
+
+
+def _differs_in_training(config: DataConfig) -> bool:
+    """Whether rows are held out or drawn."""
+    return bool(config.val_fraction or config.test_fraction or config.shots or config.fraction)
+
+
+def _count_trained(parts: Parts, config: DataConfig) -> dict[str, dict[str, int]]:
+    """Count rows and labels of each split as training uses them; empty if these are all rows."""
     return {
         name: {"rows": len(rows), "labels": len(index.labels.take(rows).counts())}
         for name, (index, rows) in sorted(parts.items(), key=lambda part: SPLITS.index(part[0]))
-    }, []
+        if _differs_in_training(config)
+    }

@@ -17,6 +17,7 @@ from mopefuse.data.index import Index
 from mopefuse.data.known_labels import describe_few, read_labels_file
 from mopefuse.data.labels import Labels
 from mopefuse.data.leaks import find_leaks
+from mopefuse.data.split_rows import Parts
 from mopefuse.errors import DataError, similar_names
 from mopefuse.modalities.base import get_modality
 
@@ -90,24 +91,28 @@ def shared_ids(indexes: Indexes) -> Iterator[Finding]:
                 seen[identity] = index.place(row)
 
 
-def leak_findings(indexes: Indexes) -> Iterator[tuple[str, Finding]]:
-    """Yield (modality, finding) for each row of val and test that shares a value with train, see `mopefuse.data.leaks`.
+def leak_findings(parts: Parts) -> Iterator[tuple[str, str, Finding]]:
+    """Yield (split, modality, finding) for each row of val and test that shares a value with train.
 
-    Rows with a bad file are left out.
+    See `mopefuse.data.leaks`. Rows that are held out of train are checked too.
+
+    Args:
+        parts: the rows of each split; those with a bad file are left out.
     """
-    good = {name: index.good() for name, index in indexes.items()}
-    splits = {name: _keys_of(index, good[name]) for name, index in indexes.items()}
+    splits = {name: _keys_of(index, rows) for name, (index, rows) in parts.items()}
     for name in SPLITS[1:]:
         if name not in splits or "train" not in splits:
             continue
+        (index, rows_S), (train_index, train_rows_S) = parts[name], parts["train"]
+        held_out = f"held out for {name}, but " if index.split != name else ""
         split, train = splits[name], splits["train"]
         for modality, rows in find_leaks(train, split).items():
             twins = _first_places(train.loose_keys[modality], split.loose_keys[modality][rows])
             for row, twin in zip(rows.tolist(), twins, strict=True):
-                other = int(good["train"][twin])
-                place = f"{indexes['train'].place(other)}, id {indexes['train'].ids[other]}"
-                kind, message = get_modality(modality).leak_kind, f"its {modality} is also in {place}"
-                yield modality, finding_at(indexes[name], int(good[name][row]), kind, message, twin=other)
+                other = int(train_rows_S[twin])
+                place = f"{train_index.place(other)}, id {train_index.ids[other]}"
+                kind, message = get_modality(modality).leak_kind, f"{held_out}its {modality} is also in {place}"
+                yield name, modality, finding_at(index, int(rows_S[row]), kind, message, twin=other)
 
 
 def _keys_of(index: Index, rows: NDArray[np.int64]) -> Split:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -18,6 +18,7 @@ class Progress:
     seconds: float = 0.0
     thresholds: list[float] | None = None  # tuned at the last validation
     validated: int | None = None  # step of the last validation
+    over_start: list[float] = field(default_factory=list)  # last validations against step 0 of a warm start, in standard errors
 
 
 class Listener:

@@ -31,7 +31,7 @@ from mopefuse.fusion.base import Fusion
 from mopefuse.metrics import classification as metrics
 from mopefuse.metrics.label_loss import balanced_weights
 from mopefuse.metrics.quality_gates import selected_metric
-from mopefuse.metrics.significance import exceeds_noise
+from mopefuse.metrics.significance import LASTING, difference_in_errors, exceeds_noise
 from mopefuse.prompts.usage import statistics
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import get_thresholds
@@ -299,8 +299,10 @@ class Trainer:
         best = not math.isnan(value) and (self.progress.best is None or value > self.progress.best)
         if baseline:
             self._start_S = evaluation.score_S
-        elif best and self._start_S is not None:
-            best = exceeds_noise(evaluation.score_S, self._start_S)
+        elif self._start_S is not None:
+            difference = difference_in_errors(evaluation.score_S, self._start_S)
+            self.progress.over_start = [*self.progress.over_start, difference][-LASTING:]
+            best = best and exceeds_noise(self.progress.over_start)
         self.progress.waited = 0 if baseline or self._improves(value, found["loss"]) else self.progress.waited + 1
         if best:
             self.progress.best, self.progress.best_step = value, self.progress.step
