@@ -104,7 +104,7 @@ def test_a_model_has_the_labels_and_task_that_it_was_built_with() -> None:
         ({"comp": None}, "comp is missing"),
         ({"router": {"top": 1}}, "unknown setting router.top (did you mean router.top_m?)"),
         ({"method": "mmbt", "either": True}, "mmbt requires the main modality · either · fix: use method conditional"),
-        ({"comp": "tiny:txt"}, "unknown encoder tiny:txt · comp · fix: did you mean text"),
+        ({"comp": "tiny:txt"}, "unknown encoder tiny:txt · comp · fix: did you mean tiny:text"),
     ],
     ids=str,
 )

@@ -21,14 +21,14 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 WRONG = {
-    ("--main", "tiny:visoin", "--comp", "tiny:text"): (5, "tiny:visoin", "--main", "did you mean vision"),
+    ("--main", "tiny:visoin", "--comp", "tiny:text"): (5, "tiny:visoin", "--main", "did you mean tiny:vision"),
     ("--main", "timm:vit_bose", "--comp", "tiny:text"): (5, "vit_bose", "--main", "did you mean vit_base"),
     ("--main", "timm:vit_base_patch16_224.nope", "--comp", "tiny:text"): (5, "nope", "--main", "fix:"),
     ("--main", "tiny:vision", "--comp", "hf:./nowhere"): (5, "folder not found: ./nowhere", "--comp", "check the path"),
     ("--main", "tiny:vision", "--comp", "hf:nobody?pretrained=false"): (5, "nobody", "--comp", "pretrained=false"),
     ("--main", "tiny:vision", "--comp", "open_clip:ViT-X#text"): (5, "ViT-X", "--comp", "did you mean"),
     ("--main", "tiny:vision", "--comp", "open_clip:ViT-B-32"): (5, "names no tower", "--comp", "#text"),
-    ("--main", "tiny:vision", "--comp", "tiny:text", "--comp", "tiny:txt"): (5, "tiny:txt", "--comp", "did you mean text"),
+    ("--main", "tiny:vision", "--comp", "tiny:text", "--comp", "tiny:txt"): (5, "tiny:txt", "--comp", "did you mean tiny:text"),
     ("--main", "tiny:vision", "--comp", "hff:bert"): (5, "hff", "--comp", "did you mean hf"),
     ("--main", "tiny:vision", "--comp", "bert"): (3, "'bert' is not an encoder", "--comp", "write --comp scheme:name"),
     ("--main", "tiny:vision", "--comp", "tiny:text", "--method", "condtional"): (3, "condtional", "", "mean conditional"),
@@ -56,7 +56,7 @@ def test_a_folder_without_a_model_is_an_error_before_data_are_read(unread: list[
 
 def test_swap_encoder_reports_an_unknown_name_before_data_are_read(trained: Path, unread: list[object], tmp_path: Path) -> None:
     done = call("swap-encoder", trained, "--comp", "tiny:txt", "-o", tmp_path / "new")
-    assert done.returncode == 5 and "--comp" in done.stderr and "did you mean text" in done.stderr and not unread
+    assert done.returncode == 5 and "--comp" in done.stderr and "did you mean tiny:text" in done.stderr and not unread
 
 
 @pytest.mark.parametrize("flag", ["--main", "--comp"])

@@ -43,7 +43,8 @@ def skip_bad_rows(index: Index, roots: Sequence[Path], config: DataConfig) -> tu
     shown = unsafe or problems
     first = shown[0]
     if len(problems) == 1 and first.file:
-        raise data_error(first.code, first.what, where=first.where, fix=first.fix)
+        fix = first.fix if unsafe else f"{first.fix}, or add --on-bad skip to leave the row out"
+        raise data_error(first.code, first.what, where=first.where, fix=fix)
     code = first.code if len({problem.code for problem in shown}) == 1 else DataCode.BAD_ROW.text
     fix = first.fix if unsafe else f"{_common_fix(problems)}; mopefuse data check --json lists all"
     raise data_error(code, f"{several(len(shown), 'bad row')}: {_join(shown)}", where=where, fix=fix)

@@ -198,7 +198,9 @@ class TinyEncoder(Encoder):
         """See `Encoder.check_name`."""
         if spec.name not in SHAPES:
             raise EncoderError(
-                EncoderCode.UNKNOWN_TINY_MODEL, f"unknown encoder tiny:{spec.name}", fix=did_you_mean(spec.name, SHAPES)
+                EncoderCode.UNKNOWN_TINY_MODEL,
+                f"unknown encoder tiny:{spec.name}",
+                fix=did_you_mean(f"tiny:{spec.name}", [f"tiny:{name}" for name in SHAPES]),
             )
 
     def _encode(self, inputs: Inputs) -> EncoderOutput:
