@@ -30,7 +30,7 @@ class Kind(NamedTuple):
 
 KINDS = {  # in the order of the report
     "unsafe-path": Kind("error", "use paths inside the data folder, or allow their folder with --image-root"),
-    "missing-split": Kind("error", "add its table, such as val.jsonl, or hold out rows of train with --val-fraction 0.1; to check one table, pass its path"),
+    "missing-split": Kind("error", "add val.jsonl, or use --val-fraction 0.1; to check one table, pass its path"),
     "unreadable-table": Kind("error", "repair the file, or convert it to UTF-8 JSON lines or CSV"),
     "empty-split": Kind("error", "add at least one row"),
     "bad-labels-file": Kind("error", "write each label once, one per line, in UTF-8"),
