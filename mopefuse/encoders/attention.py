@@ -26,7 +26,7 @@ class Modulation(NamedTuple):
     scale_BD: Tensor
     shift_BD: Tensor
 
-    def apply(self, x_NLD: Tensor) -> Tensor:
+    def apply(self, x_NLD: Tensor) -> Tensor:  # not __call__: torch 2.10 does not compile calls of named tuples
         """Modulate tokens (N, L, D): N = B, or N = B * W for the W windows of each image, which are adjacent."""
         scale_BD, shift_BD = (part.to(x_NLD.dtype) for part in self)
         windows = x_NLD.shape[0] // scale_BD.shape[0]
