@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from mopefuse.config.method_defaults import CONDITIONAL_BY_PATH
 from mopefuse.config.schema import RunConfig
+from mopefuse.config.section import is_section
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 HEAD = """# Settings
@@ -31,7 +32,7 @@ def sections(model: type[BaseModel], prefix: str = "") -> list[tuple[str, type[B
     """The configuration and its sections: dotted path and schema of each."""
     found = [(prefix, model)]
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if is_section(field.annotation):
             found += sections(field.annotation, f"{prefix}{name}.")
     return found
 
@@ -40,7 +41,7 @@ def table(prefix: str, model: type[BaseModel]) -> str:
     """A row for each setting of one section."""
     rows = []
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if is_section(field.annotation):
             continue
         limits = [(sign, getattr(rule, key, None)) for rule in field.metadata for key, sign in BOUNDS.items()]
         bounds = ", ".join(f"{sign} {limit:g}" for sign, limit in limits if limit is not None)

@@ -87,8 +87,10 @@ TIMM = {
     "swinv2-padded": "swinv2_tiny_window8_256?img_size=56&window_size=4&depths=2,2&num_heads=2,4&embed_dim=16"
     "&pretrained=false",
 }
-if "num_kv_heads" not in inspect.signature(Eva).parameters:  # as in timm 1.0.20, which cannot build these
-    del TIMM["rope-grouped"], TIMM["eva02-post-norm"], TIMM["swinv2-padded"]
+MISSING_TIMM: set[str] = set()  # what the installed timm cannot build
+if "num_kv_heads" not in inspect.signature(Eva).parameters:  # as in timm 1.0.20
+    MISSING_TIMM = {"rope-grouped", "eva02-post-norm", "swinv2-padded"}
+    TIMM = {name: spec for name, spec in TIMM.items() if name not in MISSING_TIMM}
 OPEN_CLIP = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 32, "layers": 3, "width": 32, "patch_size": 8, "head_width": 8},

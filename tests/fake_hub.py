@@ -96,7 +96,9 @@ class FakeHub:
         """Do the same for this process, replacing what huggingface_hub read from the environment when it was imported."""
         for name, value in self.environment(home, token, offline=offline).items():
             patch.setenv(name, value)
-        places = {"HF_HUB_CACHE": "hub", "HF_TOKEN_PATH": "token", "AGENT_HARNESSES_PATH": "agents"}
+        places = {"HF_HUB_CACHE": "hub", "HF_TOKEN_PATH": "token"}
+        if hasattr(constants, "AGENT_HARNESSES_PATH"):  # older versions keep no such file
+            places["AGENT_HARNESSES_PATH"] = "agents"
         made = {name: str(home / "hf" / place) for name, place in places.items()}
         made |= {"ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}"}
         for name, value in made.items():

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-import transformers
 from encoder_cases import HF, TIMM, TOWERS, Case, add_open_clip_models, hf_case, open_clip_case, save_hf, sharpen, timm_case
 
 from mopefuse.encoders.base import Encoder, create_encoder
 
 Value = TypeVar("Value")
-SWIN = transformers.SwinModel._supports_attention_backend  # not yet in transformers 5.3, where it cannot be prompted
 FAMILIES = [
-    *(f"hf-{kind}" for kind in HF if kind != "swin" or SWIN),
+    *(f"hf-{kind}" for kind in HF),
     *(f"timm-{name}" for name in TIMM),
     *(f"open_clip-{kind}{tower}" for kind in TOWERS for tower in ("visual", "text")),
 ]

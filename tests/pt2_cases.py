@@ -127,7 +127,7 @@ def call(target: str, **argument: Any) -> Attack:
 
 def rename(value: Any, canary: Path) -> None:
     """Give a tensor a name that is code; names are written into the source of the graph."""
-    old = graph(value)["nodes"][-1]["name"]
+    old = graph(value)["nodes"][-1]["outputs"][0]["as_tensor"]["name"]
     name = f"globals()[{code(canary)}]"
     text = json.dumps(value).replace(json.dumps(old), json.dumps(name))
     value.clear()

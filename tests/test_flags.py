@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -123,7 +124,7 @@ def test_a_new_line_of_the_table_is_a_new_flag(monkeypatch: pytest.MonkeyPatch) 
     assert toy.run().exit_code == 0
     assert toy.settings == {}
     text = " ".join(toy.run("--help").stdout.split())
-    assert "Training: --clip <float> Maximum norm of the gradient. [default: 1.0; above 0]" in text
+    assert re.search(r"Training: --clip (<float>|FLOAT) Maximum norm of the gradient\. \[default: 1\.0; above 0]", text), text
 
 
 def test_every_flag_of_train_reaches_its_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from PIL import Image
 
 import mopefuse
 from mopefuse.config.schema import build_config
-from mopefuse.encoders.base import Encoder, create_encoder
+from mopefuse.core.precision import normalize_feature
+from mopefuse.encoders.base import Encoder, Inputs, create_encoder, run_frozen
 from mopefuse.errors import CheckpointError, ConfigError, DataError, EncoderError
 from mopefuse.fusion._static_prompts import initial_bound
 from mopefuse.fusion.base import Fusion
@@ -36,6 +37,13 @@ WIDE = {"compat": "none", "head_features": "all", "head_hidden": 8, "film": True
 def build(main: str = "tiny:vision", comp: str = "tiny:text", **options: object) -> Fusion:
     """The papers' stack with gated prompts, changed by `options`."""
     return mopefuse.build_fusion(main=main, comp=comp, num_labels=7, **{**PAPER, **options})
+
+
+def output_tokens(encoder: Encoder, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """The output tokens of an encoder as a batch has them if they were cached."""
+    encoded = run_frozen(encoder, inputs)
+    mask_BL = torch.ones(encoded.tokens_BLD.shape[:2], dtype=torch.bool) if encoded.mask_BL is None else encoded.mask_BL
+    return {"values_BLC": normalize_feature(encoded.tokens_BLD), "mask_BL": mask_BL}
 
 
 def open_gates(model: Fusion) -> None:
@@ -224,7 +232,9 @@ def test_cached_features_replace_the_encoder_bit_for_bit() -> None:
         batch = model.collate(images(4), TEXTS[:4])
         known = {side: model.pooled_feature(side, batch) for side in model.frozen if side not in model.reads_tokens}
         inputs = {side: value for side, value in batch.inputs.items() if side not in known}
-        assert torch.equal(model(batch).logits, model(replace(batch, inputs=inputs, features=known)).logits)
+        tokens = {side: output_tokens(model.encoder(side), batch.inputs[side]) for side in model.reads_tokens}
+        cached = replace(batch, inputs=inputs, features=known, tokens=tokens)
+        assert torch.equal(model(batch).logits, model(cached).logits), method
 
 
 def test_the_same_seed_gives_the_same_model_regardless_of_random_state() -> None:

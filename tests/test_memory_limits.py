@@ -16,6 +16,7 @@ from conftest import call, plain_config
 from pydantic import BaseModel
 
 from mopefuse.config.schema import RunConfig
+from mopefuse.config.section import is_section
 from mopefuse.config.setting_paths import nest
 from mopefuse.core import device as devices
 from mopefuse.core.dependencies import convert_error
@@ -29,7 +30,7 @@ def integers(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
     """Paths of all settings that may be an integer."""
     found = []
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if is_section(field.annotation):
             found += integers(field.annotation, f"{prefix}{name}.")
         elif field.annotation in (int, int | None):
             found.append(f"{prefix}{name}")

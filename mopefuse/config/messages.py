@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from mopefuse.config.section import is_section
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.errors import ConfigError, did_you_mean, similar_names
 
@@ -119,7 +120,7 @@ def keys_in(model: Model, path: Path) -> list[str]:
     section: Any = model
     for part in path:
         section = section.model_fields[part].annotation if part in section.model_fields else None
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        if not is_section(section):
             return []
     return list(section.model_fields)
 

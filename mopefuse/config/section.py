@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
@@ -10,6 +10,11 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 MAX_TOKENS = 4096  # tokens of a prompt; also experts of a layer
 WIDEST = 16_384  # width of a hidden layer
 MANY = 10**9  # upper bound for counts that use no memory; keeps 64-bit arithmetic from overflowing
+
+
+def is_section(annotation: Any) -> bool:
+    """Whether an annotation is a pydantic model; Python 3.10 also counts ``tuple[int, ...]`` as a type, hence `get_origin`."""
+    return get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 class Section(BaseModel):

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mopefuse.core.registry import redirect_stdout_to_stderr
+
 _TIMEOUT = timedelta(minutes=10)  # for work that is divided evenly
 _LONG_TIMEOUT = timedelta(days=365)  # for long work of one process; if a process dies, its connections close immediately
 _PART = 64 * 2**20  # bytes of a process's rows that are sent at once
@@ -32,8 +34,9 @@ def start() -> tuple[int, int]:
         gpus = torch.cuda.is_available() and torch.cuda.device_count() >= local_world()
         if gpus:
             torch.cuda.set_device(local_rank())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_TIMEOUT)
-        everyone = dist.new_group(backend="gloo", timeout=_LONG_TIMEOUT)
+        with redirect_stdout_to_stderr():  # where Gloo of older versions of torch prints its connections
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_TIMEOUT)
+            everyone = dist.new_group(backend="gloo", timeout=_LONG_TIMEOUT)
         assert isinstance(everyone, dist.ProcessGroup)
         _patient_group = everyone
     return rank(), world_size()

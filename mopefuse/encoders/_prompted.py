@@ -171,7 +171,7 @@ class _ModulateHook:
         if modulation is None:
             return None
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        modulated = modulation(hidden)
+        modulated = modulation.apply(hidden)
         others = {name: modulated if value is hidden else value for name, value in kwargs.items()}
         return tuple(modulated if value is hidden else value for value in args), others
 

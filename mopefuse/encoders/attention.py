@@ -26,7 +26,7 @@ class Modulation(NamedTuple):
     scale_BD: Tensor
     shift_BD: Tensor
 
-    def __call__(self, x_NLD: Tensor) -> Tensor:
+    def apply(self, x_NLD: Tensor) -> Tensor:  # not __call__: torch 2.10 does not compile calls of named tuples
         """Modulate tokens (N, L, D): N = B, or N = B * W for the W windows of each image, which are adjacent."""
         scale_BD, shift_BD = (part.to(x_NLD.dtype) for part in self)
         windows = x_NLD.shape[0] // scale_BD.shape[0]
@@ -61,7 +61,7 @@ class Prompt(NamedTuple):
 
     def modulate(self, x_NLD: Tensor) -> Tensor:
         """Apply the modulation, if there is one, to what the attention reads."""
-        return x_NLD if self.modulation is None else self.modulation(x_NLD)
+        return x_NLD if self.modulation is None else self.modulation.apply(x_NLD)
 
 
 class InsertedTokens(NamedTuple):

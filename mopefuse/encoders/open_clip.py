@@ -136,7 +136,7 @@ def _attention(
     """`ResidualAttentionBlock.attention` with the prompt in the slot."""
     prompt: Prompt | None = self.prompt_slot.pop()
     modulation: Modulation | None = self.prompt_slot.pop_modulation()
-    q_x = q_x if modulation is None else modulation(q_x)
+    q_x = q_x if modulation is None else modulation.apply(q_x)
     if prompt is None or prompt.gate_H is not None:
         out: Tensor = ResidualAttentionBlock.attention(self, q_x=q_x, k_x=k_x, v_x=v_x, attn_mask=attn_mask)
         return out if prompt is None else out + _attend_gated(self.attn, q_x, prompt)
