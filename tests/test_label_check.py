@@ -135,6 +135,13 @@ def test_classes_with_a_single_row_are_reported() -> None:
     assert found(labels)["rare-labels"].rows == 20
 
 
+@pytest.mark.parametrize("placeholder", ["NaN", "n/a", " NULL", "-"])
+def test_a_label_that_stands_for_a_missing_value_is_reported(placeholder: str) -> None:
+    issue = found(["cat"] * 30 + ["dog"] * 30 + [placeholder] * 12)["placeholder-label"]
+    assert (issue.label, issue.rows) == (placeholder, 12) and "--on-bad skip" in issue.fix
+    assert found(["cat"] * 30 + ["dog"] * 30 + ["none"] * 12) == {}, "which may be a class"
+
+
 @pytest.mark.parametrize("labels", [["a", "b"], ["a", "b", "c"] * 4, [*"abcdefghij"], [], [f"w{i}x" for i in range(10)] * 2])
 def test_small_data_sets_may_have_few_rows_of_each_class(labels: list[str]) -> None:
     assert found(labels) == {}

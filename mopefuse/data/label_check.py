@@ -1,4 +1,5 @@
-"""Find labels that are probably a mistake: lists in cells, several spellings of a label, numbers, a class for every row.
+"""Find labels that are probably a mistake: lists in cells, several spellings of a label, numbers, missing values, a class for
+every row.
 
 Everything is computed from the frequency of labels in training, without comparing labels pairwise: 10,000 labels of a million
 rows take seconds. Labels that are listed (``labels.txt``, ``--labels``) are taken as they are.
@@ -30,6 +31,7 @@ _CODES, _AMOUNTS = 20, 10  # numbers of distinct integers, and of other numbers,
 _LEADING_ZERO = re.compile(r"0\d+")  # found in codes, not in quantities
 _YEARS = 1500, 2100
 _ANCHORS = 20_000  # number of frequent labels that rare ones are compared with
+_PLACEHOLDERS = {"nan", "n/a", "#n/a", "na", "<na>", "null", "nil", "undefined", "missing", "?", "-", "--"}
 _MIN_LENGTH, _MAX_LENGTH = 4, 100  # length in characters of labels that are compared
 _COLUMN = "specify the label column with --label-col"
 _INTENDED = "if they are correct, add --allow-odd-labels or list them in labels.txt"
@@ -112,7 +114,7 @@ def find_suspicious_labels(counts: Mapping[str, int], rows: int) -> list[Suspici
     amounts = [*_amounts(counts)]
     causes = [*joined, *amounts]
     many = [] if lists else [*_many(counts, rows, causes)]
-    found = [*lists, *many, *causes, *_variants(counts), *_misspelt(counts)]
+    found = [*lists, *many, *causes, *_variants(counts), *_misspelt(counts), *_placeholders(counts)]
     return [*found, *([] if found else _rare(counts))]
 
 
@@ -262,6 +264,15 @@ def _one_edit(one: str, other: str) -> bool:
     if any(character.isdigit() for character in one + other):
         return False
     return max(len(one), len(other)) == 1 or (len(one) == 2 and one == other[::-1])
+
+
+def _placeholders(counts: Mapping[str, int]) -> Iterator[SuspiciousLabels]:
+    """Labels that programs write in place of a missing value."""
+    for label, count in counts.items():
+        if label.strip().lower() in _PLACEHOLDERS:
+            what = f"{_quote(label)} ({several(count, 'row')}) looks like a missing value, and is a class"
+            fix = "empty these cells and add --on-bad skip, or remove the rows"
+            yield SuspiciousLabels(kind="placeholder-label", message=what, fix=fix, label=label, rows=count)
 
 
 def _rare(counts: Mapping[str, int]) -> Iterator[SuspiciousLabels]:
