@@ -124,8 +124,7 @@ def try_trained(context: Context, candidate: Candidate, leader: str) -> None:
     if context.is_done(candidate):
         return
     entry = Entry(candidate.name, candidate.title, context.reads(candidate), SKIPPED)
-    start = sum(one.seconds for one in context.folder.entries.values() if one.state == CROSS_VALIDATED)  # fits much the same
-    if context.budget.left <= start:
+    if context.budget.left <= _start_seconds(context, candidate):
         entry.note = f"too little time left of {duration(context.budget.total)}"
         context.record(entry)
         return
@@ -147,6 +146,14 @@ def try_trained(context: Context, candidate: Candidate, leader: str) -> None:
         entry.state, entry.note, found = FAILED, error.what, None
     entry.seconds = round(time.monotonic() - began, 2)
     context.record(entry, found)
+
+
+def _start_seconds(context: Context, candidate: Candidate) -> float:
+    """Estimate how long the warm start of a candidate takes: it fits the same regressions and the first MLP again."""
+    if "warm_start" not in candidate.changes:
+        return 0.0
+    entries = context.folder.entries
+    return sum(entries[one.name].seconds for one in (*REGRESSIONS, NETWORKS[0]) if one.name in entries)
 
 
 def _listener(context: Context, leader: str) -> CandidateListener:

@@ -173,6 +173,8 @@ class Baselines(NamedTuple):
         how = f"{self.folds}-fold cross-validation and validation" if self.folds else "validation"
         others = ", ".join(f"{one.name} {percent(one.score)}" for one in self.fitted if one is not self.best)
         text = f"step 0 is the best model on frozen features by {how}: {self.best.name}, {percent(self.best.score)} ({others})"
+        if any(one.score > self.best.score for one in self.fitted):
+            text += "; among scores within a standard error of the best, the lowest loss decides"
         trained = self.lowest_loss
         return text if trained is self.best else f"{text}; training starts from {trained.name}, which has the lowest loss"
 
