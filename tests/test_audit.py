@@ -82,7 +82,24 @@ def test_shuffled_and_blank_texts_give_the_predictions_of_rows_with_those_texts(
         assert not torch.allclose(found[name].logits_SN, found["as is"].logits_SN, atol=1e-4), name
     assert found["as is"].logits_SN.equal(predict_logits(config, data))
     equal = sum(rows[i]["text"] == rows[other]["text"] for i, other in enumerate(partner))
-    assert found.same == {"text": pytest.approx(equal / len(rows))}
+    assert found.same["text"] == pytest.approx(equal / len(rows))
+
+
+def test_a_model_that_ignores_its_main_input_is_found_out(data: Path) -> None:
+    config = settings(data, method="mlp")
+    model, pairs = model_of(config), load_data(config.data)
+    found = audit_model(model, pairs, "test", config, CPU)
+    rows = [(one.name, one.modality) for one in found.conditions]
+    assert rows == [("as is", ""), ("shuffled", "text"), ("blank", "text"), ("shuffled", "image"), ("blank", "image")]
+    assert not torch.allclose(found.condition("shuffled", "image").logits_SN, found["as is"].logits_SN, atol=1e-4)
+    with torch.no_grad():
+        model.head[0].weight[:, : model.encoder("main").feature_width] = 0  # type: ignore[index]
+    found = audit_model(model, pairs, "test", config, CPU)
+    for name in ("shuffled", "blank"):
+        assert found.condition(name, "image").logits_SN.equal(found["as is"].logits_SN)
+        assert not found.condition(name, "text").logits_SN.equal(found["as is"].logits_SN)
+    assert "There is no sign that the model uses the image" in found.verdict
+    assert set(found.same) == {"text", "image"} and found.as_dict()["main"] == "image"
 
 
 def test_known_logits_of_the_whole_split_are_not_computed_again(data: Path) -> None:

@@ -205,9 +205,10 @@ def test_with_one_expert_there_is_no_routing_section(run: Path) -> None:
 
 
 def test_routing_is_collapsed_if_the_model_does_not_use_its_condition(run: Path) -> None:
-    routing_SLK, condition = torch.full((7, 2, 2), 0.5), {"name": "shuffled", "matters": False}
+    routing_SLK, condition = torch.full((7, 2, 2), 0.5), {"name": "shuffled", "modality": "text"}
     for matters in (False, True):
-        audit = {"read": True, "modality": "text", "conditions": [condition | {"matters": matters}]}
+        main = {"name": "shuffled", "modality": "image", "matters": True}
+        audit = {"read": True, "modality": "text", "main": "image", "conditions": [condition | {"matters": matters}, main]}
         parts = run_routing.sections(facts_of(run, routing_SLK=routing_SLK, audit=audit))
         page = Page(sections_page("x", "x", [], parts))
         outer = [attributes for attributes in page.all("section") if attributes.get("class") == "folded"]
@@ -293,7 +294,7 @@ def test_the_command_prints_what_it_wrote(trained: Path, tmp_path: Path) -> None
     assert (found["ok"], found["split"], found["step"]) == (True, "test", 2)
     assert found["bytes"] == (tmp_path / "page.html").stat().st_size
     assert [row["name"] for row in found["audit"]["conditions"]] == [
-        "as is", "shuffled", "blank", "static", "dynamic", "mapped",
+        "as is", "shuffled", "blank", "shuffled", "blank", "static", "dynamic", "mapped",
     ]  # fmt: skip
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     stems = {"audit", "parameters", "confusion", "calibration", "loss", "validation", "usage", "entropy", "classes"}

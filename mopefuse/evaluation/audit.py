@@ -1,4 +1,4 @@
-"""Does a model use its complementary modality? Metrics with that input shuffled or blank, and without each kind of prompt.
+"""Does a model use each modality? Metrics with that input shuffled or blank, and without each kind of prompt.
 
 Shapes: S samples of the split, N labels.
 """
@@ -74,8 +74,9 @@ class Audit:
     Args:
         samples: number of samples that the audit used, out of `total` in the split.
         metric: the checkpoint-selection metric.
-        modalities: modalities of the complementary inputs.
-        read: whether the model reads them at all. alone: whether it reads nothing else.
+        modalities: modalities of the complementary inputs. main: that of the main input; empty if the model does not read
+            it, or nothing else, or reads the same modality as a complementary one.
+        read: whether the model reads complementary inputs at all. alone: whether it reads nothing else.
         same: modality to the share of samples whose shuffled input equals their own.
         conditions: "as is" first.
     """
@@ -85,6 +86,7 @@ class Audit:
     total: int
     metric: str
     modalities: tuple[str, ...]
+    main: str
     read: bool
     alone: bool
     same: dict[str, float]
@@ -108,7 +110,7 @@ class Audit:
         """The result in words, a sentence for each modality."""
         if not self.read:
             return f"The model ignores the {self.modality}: none of its prompts depend on it."
-        return " ".join(self._verdict(modality) for modality in self.modalities)
+        return " ".join(self._verdict(modality) for modality in (*self.modalities, self.main) if modality)
 
     def _verdict(self, other: str) -> str:
         shuffled, blank_input = self.condition("shuffled", other), self.condition("blank", other)
@@ -136,7 +138,7 @@ class Audit:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the logits."""
-        facts = ("split", "samples", "total", "metric", "modality", "read", "same", "verdict")
+        facts = ("split", "samples", "total", "metric", "modality", "main", "read", "same", "verdict")
         shown = ("name", "modality", "metrics", "changed", "lost", "low", "high")
         rows = [
             {**{name: getattr(condition, name) for name in shown}, "matters": condition.is_significant}
@@ -188,7 +190,9 @@ def audit_model(
     as_is_SN: Tensor | None = None,
     advance: Advance = lambda name, done, total: None,
 ) -> Audit:
-    """The metrics of a model as is, with each complementary input shuffled and blank, and without each kind of prompt.
+    """The metrics of a model as is, with each input shuffled and blank, and without each kind of prompt.
+
+    Inputs of a model that reads only one side are left as they are, unless that side is complementary.
 
     Args:
         model: on `device`. thresholds: decision thresholds of multi-label data.
@@ -204,16 +208,17 @@ def audit_model(
     partner_S = draw_derangement(len(samples), seed)
     modalities = _complementary_modalities(model, data)
     sides = {name: [s for s in model.reads if is_comp(s) and model.encoder(s).modality == name] for name in modalities}
-    keys = {name: data.splits[split].keys[name] for name in sides}
+    read, main = any(sides.values()), _main_modality(model, modalities)
+    altered_sides = {**sides, **({main: ["main"]} if main else {})} if read else {}
+    keys = {name: data.splits[split].keys[name] for name in {**sides, **altered_sides}}
 
     def logits_of(condition: str, altered: Samples, without: str = "") -> Tensor:
         with model.without_prompts(without) if without else nullcontext():
             report = lambda done, total: advance(condition, done, total)  # noqa: E731
             return run_split(model, data, split, config, device, samples=altered, advance=report).logits_SN
 
-    read = any(sides.values())
     logits = {("as is", ""): logits_of("as is", samples) if as_is_SN is None else as_is_SN}
-    for name, own in sides.items() if read else ():
+    for name, own in altered_sides.items():
         logits["shuffled", name] = logits_of(f"another {name}", ShuffledSamples(samples, own, partner_S))
         blank = BlankSamples(samples, own, *_blank_features(model, own, config, device))
         logits["blank", name] = logits_of(f"no {name}", blank)
@@ -225,6 +230,7 @@ def audit_model(
         total=total,
         metric=selected_metric(multi_label=data.multi_label),
         modalities=tuple(sides),
+        main=main if read else "",
         read=read,
         alone=all(is_comp(side) for side in model.reads),
         same={name: float((own == own[partner_S.numpy()]).mean()) for name, own in keys.items()},
@@ -248,6 +254,12 @@ def _complementary_modalities(model: Fusion, data: DataSet) -> tuple[str, ...]:
         return tuple(found)
     main = model.encoder("main").modality
     return (next((name for name in data.modalities if name != main), main),)
+
+
+def _main_modality(model: Fusion, complementary: Sequence[str]) -> str:
+    """The modality of the main input; empty if the model does not read it, or if it is among the complementary ones."""
+    modality = model.encoder("main").modality if "main" in model.reads else ""
+    return "" if modality in complementary else modality
 
 
 @torch.no_grad()

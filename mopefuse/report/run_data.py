@@ -74,7 +74,8 @@ class RunFacts:
         """Whether the audit found no sign that the model uses its complementary modalities."""
         if self.audit is None:
             return False
-        exchanged = [row for row in self.audit["conditions"] if row["name"] == "shuffled"]
+        rows, main = self.audit["conditions"], self.audit["main"]
+        exchanged = [row for row in rows if row["name"] == "shuffled" and row["modality"] != main]
         return not self.audit["read"] or not any(row["matters"] for row in exchanged)
 
     @cached_property

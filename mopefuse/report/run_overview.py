@@ -1,4 +1,4 @@
-"""The top of a run's page: its main numbers, the task, and whether the model uses its other modality."""
+"""The top of a run's page: its main numbers, the task, and whether the model uses each modality."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def task(facts: RunFacts) -> Section:
 
 
 def audit(facts: RunFacts) -> Section | None:
-    """Whether the model uses its other modality."""
+    """Whether the model uses each modality."""
     if facts.audit is None:
         return None
     found, name = facts.audit, facts.main_metric
@@ -83,4 +83,5 @@ def audit(facts: RunFacts) -> Section | None:
     )
     score = "macro-F1" if facts.multi_label else "accuracy"
     body = fragment("audit", found, rows, chart, samples=samples, split=facts.split, metric=name, score=score)
-    return Section("audit", f"Does the model use the {found['modality']}?", body, (chart,))
+    inputs = " and the ".join(filter(None, (found["modality"], found["main"])))
+    return Section("audit", f"Does the model use the {inputs}?", body, (chart,))
