@@ -5,7 +5,7 @@ Shapes: S samples of the split, N labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -206,11 +206,11 @@ def audit_model(
         as_is_SN = None if as_is_SN is None else as_is_SN[chosen]
     samples = prepare_samples(model, data, split, config, device)
     partner_S = draw_derangement(len(samples), seed)
-    modalities = _complementary_modalities(model, data)
-    sides = {name: [s for s in model.reads if is_comp(s) and model.encoder(s).modality == name] for name in modalities}
-    read, main = any(sides.values()), _main_modality(model, modalities)
-    altered_sides = {**sides, **({main: ["main"]} if main else {})} if read else {}
-    keys = {name: data.splits[split].keys[name] for name in {**sides, **altered_sides}}
+    sides = _complementary_sides(model, data)
+    read = any(sides.values())
+    main = _main_modality(model, sides) if read else ""
+    altered_sides = {**sides, **({main: ["main"]} if main else {})}
+    keys = {name: data.splits[split].keys[name] for name in altered_sides}
 
     def logits_of(condition: str, altered: Samples, without: str = "") -> Tensor:
         with model.without_prompts(without) if without else nullcontext():
@@ -218,7 +218,7 @@ def audit_model(
             return run_split(model, data, split, config, device, samples=altered, advance=report).logits_SN
 
     logits = {("as is", ""): logits_of("as is", samples) if as_is_SN is None else as_is_SN}
-    for name, own in altered_sides.items():
+    for name, own in altered_sides.items() if read else ():
         logits["shuffled", name] = logits_of(f"another {name}", ShuffledSamples(samples, own, partner_S))
         blank = BlankSamples(samples, own, *_blank_features(model, own, config, device))
         logits["blank", name] = logits_of(f"no {name}", blank)
@@ -230,7 +230,7 @@ def audit_model(
         total=total,
         metric=selected_metric(multi_label=data.multi_label),
         modalities=tuple(sides),
-        main=main if read else "",
+        main=main,
         read=read,
         alone=all(is_comp(side) for side in model.reads),
         same={name: float((own == own[partner_S.numpy()]).mean()) for name, own in keys.items()},
@@ -247,16 +247,16 @@ def subsample(data: DataSet, split: str, count: int, seed: int) -> tuple[DataSet
     return replace(data, splits={**data.splits, split: data.splits[split].select_rows(chosen)}), chosen
 
 
-def _complementary_modalities(model: Fusion, data: DataSet) -> tuple[str, ...]:
-    """The modalities of the complementary encoders; without any, one that the main encoder does not read."""
-    found = dict.fromkeys(model.encoder(side).modality for side in model.uses if is_comp(side))
-    if found:
-        return tuple(found)
-    main = model.encoder("main").modality
-    return (next((name for name in data.modalities if name != main), main),)
+def _complementary_sides(model: Fusion, data: DataSet) -> dict[str, list[str]]:
+    """By modality, the complementary sides that the model reads; without any encoder, a modality that main does not read."""
+    names = list(dict.fromkeys(model.encoder(side).modality for side in model.uses if is_comp(side)))
+    if not names:
+        main = model.encoder("main").modality
+        names = [next((name for name in data.modalities if name != main), main)]
+    return {name: [side for side in model.reads if is_comp(side) and model.encoder(side).modality == name] for name in names}
 
 
-def _main_modality(model: Fusion, complementary: Sequence[str]) -> str:
+def _main_modality(model: Fusion, complementary: Iterable[str]) -> str:
     """The modality of the main input; empty if the model does not read it, or if it is among the complementary ones."""
     modality = model.encoder("main").modality if "main" in model.reads else ""
     return "" if modality in complementary else modality
