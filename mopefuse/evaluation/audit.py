@@ -21,7 +21,7 @@ from mopefuse.config.encoder_sides import is_comp
 from mopefuse.config.schema import RunConfig
 from mopefuse.core import device as devices
 from mopefuse.core.precision import normalize_feature
-from mopefuse.data.base import DataSet
+from mopefuse.data.base import DataSet, Keys
 from mopefuse.data.collate import Samples, blank_input
 from mopefuse.data.perturbed import BlankSamples, ShuffledSamples, draw_derangement
 from mopefuse.data.subsets import random_order
@@ -210,7 +210,6 @@ def audit_model(
     read = any(sides.values())
     main = _main_modality(model, sides) if read else ""
     altered_sides = {**sides, **({main: ["main"]} if main else {})}
-    keys = {name: data.splits[split].keys[name] for name in altered_sides}
 
     def logits_of(condition: str, altered: Samples, without: str = "") -> Tensor:
         with model.without_prompts(without) if without else nullcontext():
@@ -223,7 +222,6 @@ def audit_model(
         blank = BlankSamples(samples, own, *_blank_features(model, own, config, device))
         logits["blank", name] = logits_of(f"no {name}", blank)
     logits |= {(kind, ""): logits_of(kind, samples, without=kind) for kind in model.prompt_kinds}
-    plain_SN = logits["as is", ""]
     return Audit(
         split=split,
         samples=len(samples),
@@ -233,9 +231,9 @@ def audit_model(
         main=main,
         read=read,
         alone=all(is_comp(side) for side in model.reads),
-        same={name: float((own == own[partner_S.numpy()]).mean()) for name, own in keys.items()},
+        same={name: _share_kept(data.splits[split].keys[name], partner_S) for name in altered_sides},
         conditions=tuple(
-            _condition(name, modality, value_SN, plain_SN, data, split, thresholds)
+            _condition(name, modality, value_SN, logits["as is", ""], data, split, thresholds)
             for (name, modality), value_SN in logits.items()
         ),
     )
@@ -245,6 +243,11 @@ def subsample(data: DataSet, split: str, count: int, seed: int) -> tuple[DataSet
     """`data` with only `count` samples of a split, drawn with `seed`, and the positions of these samples."""
     chosen = sorted(random_order([row.id for row in data.splits[split].rows], seed)[:count])
     return replace(data, splits={**data.splits, split: data.splits[split].select_rows(chosen)}), chosen
+
+
+def _share_kept(keys_S: Keys, partner_S: Tensor) -> float:
+    """The share of samples whose input equals that of their partner."""
+    return float((keys_S == keys_S[partner_S.numpy()]).mean())
 
 
 def _complementary_sides(model: Fusion, data: DataSet) -> dict[str, list[str]]:
