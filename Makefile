@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 # Who has nothing left to do takes over tests of another, so that all are busy to the end.
-WORKERS := -n auto --maxprocesses 6 --dist worksteal
+WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-all test-plugins check docs linkcheck install clean
 

@@ -58,13 +58,6 @@ TINY = ("--main", "tiny:vision", "--comp", "tiny:text", "--device", "cpu", "--ex
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Half as many workers again as cores: tests wait a sixth of their time, for processes that they start and for files."""
-    cores = os.cpu_count() or 1
-    return cores + cores // 2
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests that need a GPU if there is none."""
     for item in items if not torch.cuda.is_available() else ():
