@@ -56,6 +56,13 @@ def test_for_one_missing_image_the_fix_is_to_add_it(data: Path) -> None:
     (data / "images" / "train-3.png").unlink()
     refused = plan(data)
     assert "image not found: images/train-3.png" in refused.stderr and "fix: add the file" in refused.stderr
+    assert "or add --set data.on_bad=skip to leave the row out" in refused.stderr
+
+
+def test_eval_does_not_suggest_a_setting_that_it_has_no_flag_for(data: Path, trained: Path) -> None:
+    (data / "images" / "test-3.png").unlink()
+    refused = call("eval", trained, "--data", data)
+    assert "image not found: images/test-3.png" in refused.stderr and refused.stderr.rstrip().endswith("fix: add the file")
 
 
 def test_predict_without_any_images_is_an_error_with_the_flag(trained: Path, pairs: Path, tmp_path: Path) -> None:

@@ -18,8 +18,11 @@ from mopefuse.modalities.files import root_to_name
 _MAX_LISTED = 20
 
 
-def skip_bad_rows(index: Index, roots: Sequence[Path], config: DataConfig) -> tuple[Problem, ...]:
+def skip_bad_rows(index: Index, roots: Sequence[Path], config: DataConfig, *, training: bool) -> tuple[Problem, ...]:
     """Find the bad rows that may be skipped.
+
+    Args:
+        training: whether the data are read for training, whose commands can set `data.on_bad`.
 
     Raises:
         DataError: there are bad rows, and they may not be skipped or are too many.
@@ -43,8 +46,8 @@ def skip_bad_rows(index: Index, roots: Sequence[Path], config: DataConfig) -> tu
     shown = unsafe or problems
     first = shown[0]
     if len(problems) == 1 and first.file:
-        fix = first.fix if unsafe else f"{first.fix}, or add --on-bad skip to leave the row out"
-        raise data_error(first.code, first.what, where=first.where, fix=fix)
+        skip = ", or add --set data.on_bad=skip to leave the row out" if training and not unsafe else ""
+        raise data_error(first.code, first.what, where=first.where, fix=f"{first.fix}{skip}")
     code = first.code if len({problem.code for problem in shown}) == 1 else DataCode.BAD_ROW.text
     fix = first.fix if unsafe else f"{_common_fix(problems)}; mopefuse data check --json lists all"
     raise data_error(code, f"{several(len(shown), 'bad row')}: {_join(shown)}", where=where, fix=fix)

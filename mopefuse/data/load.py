@@ -50,8 +50,8 @@ def load_data(
     path = Path(config.path)
     roots = get_roots(path, config)
     indexes = read_indexes(config, require, advance=advance)
-    skipped = {name: skip_bad_rows(index, roots, config) for name, index in indexes.items()}
     training = "train" in require and "train" in indexes
+    skipped = {name: skip_bad_rows(index, roots, config, training=training) for name, index in indexes.items()}
     label_warnings = label_check.check_labels(indexes["train"], roots[0], config) if training else []
     parts = divide_rows(indexes, path, config, require)
     splits = {name: _split(name, index, rows, skipped.get(name, ()), config) for name, (index, rows) in parts.items()}
