@@ -187,7 +187,7 @@ def check(
         indexes=indexes,
         findings=sorted(found, key=_order),
         splits={name: describe_split(index, _bad_rows(index)) for name, index in indexes.items()},
-        trained=_count_trained(parts, config) if not refused else {},
+        trained=_count_trained(parts) if _differs_in_training(config) and not refused else {},
         balance=count_labels(indexes, labels),
         multi_label=any(bool(index.list_S.any()) for index in indexes.values()),
         texts=texts,
@@ -352,10 +352,9 @@ def _differs_in_training(config: DataConfig) -> bool:
     return bool(config.val_fraction or config.test_fraction or config.shots or config.fraction)
 
 
-def _count_trained(parts: Parts, config: DataConfig) -> dict[str, dict[str, int]]:
-    """Count rows and labels of each split as training uses them; empty if these are all rows."""
+def _count_trained(parts: Parts) -> dict[str, dict[str, int]]:
+    """Count rows and labels of each split as training uses them."""
     return {
         name: {"rows": len(rows), "labels": len(index.labels.take(rows).counts())}
         for name, (index, rows) in sorted(parts.items(), key=lambda part: SPLITS.index(part[0]))
-        if _differs_in_training(config)
     }

@@ -42,22 +42,25 @@ class PrefixComputation(Computation):
 
     Args:
         layer: the layer.
-        pooled: a store to which the pooled features of these values are added; they cost only the other layers.
+        pooled: whether pooled features that are not stored yet are computed and stored too; they cost only the other layers.
     """
 
-    def __init__(self, *args: Any, layer: int, pooled: FeatureStore | None, **options: Any) -> None:
+    def __init__(self, *args: Any, layer: int, pooled: bool, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.layer, self.pooled = layer, pooled
-        self.pooled_MC: list[Values] = []
+        self.layer, self.pooled_MC = layer, list[Values]()
+        self.features = feature_store(self.encoder, self.config, self.device)
+        if pooled:
+            self.features.refresh()
+        self.pooled = pooled and not self.features.find(self.values_U).known_U.all()
 
     def compute_and_store(self, share_U: Mask, *, keep: bool = True) -> list[ComputedRows]:
         """See `Computation.compute_and_store`."""
         not_stored = super().compute_and_store(share_U, keep=keep)
-        if self.pooled is not None and self.pooled_MC:
+        if self.pooled_MC:
             values_MC = np.concatenate(self.pooled_MC)
             keys_M = self.values_U[share_U][: len(values_MC)]
-            new_M = ~self.pooled.find(keys_M).known_U
-            self.pooled.append(keys_M[new_M], values_MC[new_M], self.facts)
+            new_M = ~self.features.find(keys_M).known_U
+            self.features.append(keys_M[new_M], values_MC[new_M], self.facts)
         return not_stored
 
     def encode(self, inputs: Inputs) -> tuple[Values, Numbers]:
@@ -66,8 +69,8 @@ class PrefixComputation(Computation):
         Raises:
             NumericError: a value is too large for float16.
         """
-        found, pooled_BC = encode_prefixes(self.encoder, inputs, self.layer, pooled=self.pooled is not None)
-        if self.pooled is not None and pooled_BC is not None:
+        found, pooled_BC = encode_prefixes(self.encoder, inputs, self.layer, pooled=self.pooled)
+        if pooled_BC is not None:
             self.pooled_MC.append(pooled_BC.float().cpu().numpy())
         each = [tokens_LD.float().cpu() for tokens_LD in found]
         full_RD = torch.cat(each)
@@ -105,12 +108,9 @@ def split_prefixes(
     Raises:
         ResourceError: the cache cannot keep them. NumericError: a value is too large for float16.
     """
-    store, features = _store(encoder, layer, config, device), feature_store(encoder, config, device)
-    features.refresh()
-    values = np.unique(data.splits[split].keys[encoder.modality])
-    along = features if pooled and not features.find(values).known_U.all() else None
+    store = _store(encoder, layer, config, device)
     computation = PrefixComputation(
-        encoder, data, split, config, device, store=store, advance=advance, layer=layer, pooled=along
+        encoder, data, split, config, device, store=store, advance=advance, layer=layer, pooled=pooled
     )
     found = collect(computation, Prefixes)
     if found is None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mopefuse.config.encoder_sides import is_comp, specs
 from mopefuse.config.schema import RunConfig
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode
-from mopefuse.core.precision import apply_without_autocast, to_float32
+from mopefuse.core.precision import apply_without_autocast, normalize_feature, to_float32
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Prefix, Preprocess, run_frozen
 from mopefuse.errors import CheckpointError, ConfigError
@@ -241,6 +241,17 @@ class Fusion(nn.Module):
         if side in batch.features:
             return batch.features[side]
         return to_float32(run_frozen(self.encoder(side), batch.inputs[side]).pooled_BC)
+
+    def feature_and_tokens(self, side: str, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Pooled features (B, C), normalised output tokens (B, L, D) and their mask (B, L) of a frozen side in `reads_tokens`.
+
+        They are from the batch if they were cached, else computed now.
+        """
+        if side in batch.tokens:
+            tokens = batch.tokens[side]
+            return batch.features[side], tokens["values_BLC"], tokens["mask_BL"]
+        encoded = run_frozen(self.encoder(side), batch.inputs[side])
+        return to_float32(encoded.pooled_BC), normalize_feature(encoded.tokens_BLD), encoded.mask_BL
 
     def prefix(self, side: str, batch: Batch) -> Prefix | None:
         """The precomputed tokens from which the encoder of a side continues; None if the batch has none."""

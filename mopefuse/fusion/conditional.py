@@ -30,7 +30,7 @@ from mopefuse.config.schema import Prompts, RunConfig
 from mopefuse.core.error_codes import ConfigCode, EncoderCode
 from mopefuse.core.precision import apply_without_autocast, normalize_feature, to_float32
 from mopefuse.data.base import Batch
-from mopefuse.encoders.base import Encoder, Prefix, run_frozen
+from mopefuse.encoders.base import Encoder, Prefix
 from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.fusion._static_prompts import build_static_stack, initial_bound
 from mopefuse.fusion.base import Fusion, Output
@@ -234,13 +234,11 @@ class ConditionalFusion(Fusion):
         if side in self.frozen and side not in self.reads_tokens:
             return self.pooled_feature(side, batch), None
         missing_B = batch.missing.get(side)
-        if side in batch.tokens:
-            return batch.features[side], ConditionTokens(**batch.tokens[side], missing_B=missing_B)
         if side in self.frozen:
-            encoded = run_frozen(self.encoder(side), batch.inputs[side])
-        else:
-            stack = getattr(self, f"{side}_stack", None)
-            encoded = self.encoder(side).encode(batch.inputs[side], stack and stack.condition({}))
+            psi_BC, values_BLC, mask_BL = self.feature_and_tokens(side, batch)
+            return psi_BC, ConditionTokens(values_BLC, mask_BL, missing_B)
+        stack = getattr(self, f"{side}_stack", None)
+        encoded = self.encoder(side).encode(batch.inputs[side], stack and stack.condition({}))
         if side not in self.stack.resamplers:
             return encoded.pooled_BC, None
         tokens = ConditionTokens(normalize_feature(encoded.tokens_BLD), encoded.mask_BL, missing_B)

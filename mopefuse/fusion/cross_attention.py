@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from mopefuse.config.method_settings import CrossAttention as Settings
 from mopefuse.config.schema import RunConfig
 from mopefuse.core.error_codes import EncoderCode
-from mopefuse.core.precision import apply_in_own_type, apply_without_autocast, normalize_feature, to_float32
+from mopefuse.core.precision import apply_in_own_type, apply_without_autocast, to_float32
 from mopefuse.data.base import Batch
-from mopefuse.encoders.base import Encoder, run_frozen
+from mopefuse.encoders.base import Encoder
 from mopefuse.errors import EncoderError
 from mopefuse.fusion.base import Fusion, Output
 
@@ -103,17 +103,9 @@ class CrossAttention(Fusion):
         width = self.standardise_features() + settings.queries * settings.width
         self.head = self.make_head(width, num_labels, settings.dropout)
 
-    def read_main(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Pooled features (B, C), normalised tokens (B, L, D) and mask (B, L) of the main encoder, cached or computed now."""
-        if "main" in batch.tokens:
-            tokens = batch.tokens["main"]
-            return batch.features["main"], tokens["values_BLC"], tokens["mask_BL"]
-        encoded = run_frozen(self.encoder("main"), batch.inputs["main"])
-        return to_float32(encoded.pooled_BC), normalize_feature(encoded.tokens_BLD), encoded.mask_BL
-
     def forward(self, batch: Batch) -> Output:
         """Compute logits (B, N)."""
-        main_BC, tokens_BLD, mask_BL = self.read_main(batch)
+        main_BC, tokens_BLD, mask_BL = self.feature_and_tokens("main", batch)
         comps = self.uses[1:]
         features = self.normalise(main_BC, *(self.pooled_feature(side, batch) for side in comps), batch=batch)
         read_BX = to_float32(self.reader(dict(zip(comps, features[1:], strict=True)), tokens_BLD, mask_BL))

@@ -14,7 +14,8 @@ _ERRORS = 2.576
 one of twenty runs."""
 LASTING = 3
 _LASTING_ERRORS = 1.645
-"""Standard errors that so many successive validations must exceed on average: one in twenty if they do not differ at all."""
+"""Standard errors that the average over `LASTING` validations in a row must exceed. If the validations of a run agree with
+each other, a difference without a cause does so in one of twenty runs."""
 _HIGHEST = 1e6  # of a difference that is the same for all samples, and has no standard error
 
 
