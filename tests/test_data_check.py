@@ -52,6 +52,7 @@ def test_all_problems_are_found_in_one_pass_with_line_and_id(broken: Path) -> No
 
 def test_every_kind_of_finding_has_a_test_case(broken: Path) -> None:
     elsewhere = {"missing-split", "unreadable-table", "empty-split", "bad-labels-file", "one-class"}
+    elsewhere |= {"contradicting-labels", "repeated-row"}
     elsewhere |= {"bad-csv", "bad-split-name", "slow-image", "bad-row"}
     elsewhere |= {"missing-file", "unreadable-file", "leaked-file", "leaked-value", "missing-value", "nothing"}
     elsewhere |= {"list-label", "many-labels", "joined-labels", "label-variants", "misspelt-label"}  # test_label_check.py
@@ -236,6 +237,34 @@ def test_a_repeated_id_is_reported_verbatim(tmp_path: Path) -> None:
     assert [finding.id for finding in report(tmp_path).findings if finding.kind == "duplicate-id"] == [odd]
 
 
+# -- repeated rows
+
+
+def test_rows_with_the_inputs_of_another_row_are_found(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    save(root / "copy.png", seed=1)
+    rows = [
+        line("t1", text="a shoe"),
+        line("t2", "2.png", "b", text="a shoe"),  # another image
+        line("t3", "copy.png", text="A  shoe"),
+        line("t4", "2.png", "a", text="a shoe"),
+        line("t5", "2.png", "b", text="a shoe"),
+    ]
+    write(root / "train.jsonl", *rows)
+    found = [(each.kind, each.place, each.message) for each in report(root).findings if each.split == "train"]
+    assert found == [
+        (
+            "contradicting-labels",
+            "train.jsonl:4, id t4",
+            "its label is 'a', but that of train.jsonl:2, id t2, with the same inputs, is 'b'",
+        ),
+        ("repeated-row", "train.jsonl:3, id t3", "it has the same inputs and label as train.jsonl:1, id t1"),
+        ("repeated-row", "train.jsonl:5, id t5", "it has the same inputs and label as train.jsonl:2, id t2"),
+    ]
+    expected = "labels: 1 row has the same inputs as an earlier row, but a different label, first in train.jsonl:4"
+    assert any(notice.startswith(expected) for notice in load_data(Data(path=str(root))).notices)
+
+
 # -- leaks
 
 
@@ -251,7 +280,8 @@ def test_leaks_are_counted_and_name_both_rows(tmp_path: Path) -> None:
     write(root / "test.jsonl", line("e1", "2.png"), line("e2", "1.png", "b"), line("e3", "1.png", "b"))
     found = report(root)
     assert found.leaks == {"val": {"images": 0, "texts": 2}, "test": {"images": 3, "texts": 0}}
-    assert [(each.kind, each.place, each.message) for each in found.findings] == [
+    leaks = [each for each in found.findings if each.kind.startswith("leaked")]
+    assert [(each.kind, each.place, each.message) for each in leaks] == [
         ("leaked-image", "test.jsonl:1, id e1", "its image is also in train.jsonl:3, id t3"),
         ("leaked-image", "test.jsonl:2, id e2", "its image is also in train.jsonl:1, id t1"),
         ("leaked-image", "test.jsonl:3, id e3", "its image is also in train.jsonl:1, id t1"),

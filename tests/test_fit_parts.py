@@ -195,12 +195,12 @@ def test_a_head_of_unknown_form_is_not_scaled() -> None:
 # -- budget
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("10m", 600), ("90s", 90), ("1.5h", 5400), ("45", 45), (45, 45), ("2 m", 120)])
+@pytest.mark.parametrize(("text", "seconds"), [("10m", 600), ("90s", 90), ("1.5h", 5400), (45, 45), ("2 m", 120)])
 def test_a_budget_has_a_unit(text: str | float, seconds: float) -> None:
     assert parse_budget(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "m", "0m", "-1m", "10d", "1e3", "nan"])
+@pytest.mark.parametrize("text", ["", "m", "45", "0m", "-1m", "10d", "1e3", "nan"])
 def test_other_budgets_are_refused(text: str) -> None:
     assert code_of(lambda: parse_budget(text)) == "MF-CFG-390"
 

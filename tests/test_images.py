@@ -264,6 +264,18 @@ def test_a_path_outside_the_root_is_refused_and_nothing_is_opened(
     assert "outside the data folder" in error.what
 
 
+@pytest.mark.parametrize(
+    ("written", "fix"),
+    [
+        ("https://example.org/1.png", "download the file, and use its path relative to the data folder"),
+        ("{root}/x/inside.png", "write x/inside.png"),
+    ],
+)
+def test_a_refused_path_has_a_fix_of_its_own(canary: Path, written: str, fix: str) -> None:
+    error = refused(canary, written.format(root=canary))
+    assert (error.code, error.fix) == ("MF-SEC-01", fix)
+
+
 def test_links_inside_the_root_and_a_linked_root_are_allowed(canary: Path) -> None:
     (canary / "link.png").symlink_to("inside.png")
     (canary.parent / "alias").symlink_to(canary)

@@ -10,17 +10,18 @@ from mopefuse.core.error_codes import ConfigCode
 from mopefuse.core.formatting import duration
 from mopefuse.errors import ConfigError
 
-_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _RESERVED, _LEAST_RESERVED = 0.05, 2.0  # share of the budget, and seconds, kept for calibration and the test
 
 
 def parse_budget(text: str | float) -> float:
-    """Convert ``10m``, ``90s``, ``1.5h`` or a number of seconds to seconds.
+    """Convert ``10m``, ``90s`` or ``1.5h`` to seconds; a number, in Python, is one of seconds.
 
     Raises:
         ConfigError: it is none of these.
     """
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)\s*([smh]?)", str(text).strip(), re.ASCII)
+    text = text if isinstance(text, str) else f"{text}s"
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)\s*([smh])", text.strip(), re.ASCII)
     seconds = float(match[1]) * _UNITS[match[2]] if match else 0.0
     if not seconds:
         what = f"cannot read the budget {str(text)!r}"

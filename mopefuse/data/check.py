@@ -32,6 +32,7 @@ from mopefuse.data.index import Index
 from mopefuse.data.index_build import build, read_rows
 from mopefuse.data.label_check import locate_suspicious_labels
 from mopefuse.data.load import get_roots, notice_splits
+from mopefuse.data.repeated_rows import find_repeated_rows
 from mopefuse.data.split_rows import Parts, divide_rows, missing_split_hint
 from mopefuse.data.summary import Advance, Texts, Tokens, count_labels, describe_split, find_extremes, read_texts, rows_of
 from mopefuse.data.tables import Table, find_tables
@@ -204,7 +205,7 @@ def _row_and_file_findings(indexes: Indexes, roots: tuple[Path, ...]) -> list[Fi
     for index in indexes.values():
         of_rows = [finding for finding in row_findings(index) if (finding.where, finding.message) not in seen]
         seen |= {(finding.where, finding.message) for finding in of_rows}
-        found += [*of_rows, *file_findings(index, roots), *missing_findings(index)]
+        found += [*of_rows, *file_findings(index, roots), *missing_findings(index), *find_repeated_rows(index)]
     return found
 
 

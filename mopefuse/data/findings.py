@@ -66,6 +66,8 @@ KINDS = {  # in the order of the report
     "leaked-text": Kind("warning", "remove the row from one of the splits"),
     "leaked-file": Kind("warning", "remove the row from one of the splits"),
     "leaked-value": Kind("warning", "remove the row from one of the splits"),
+    "contradicting-labels": Kind("warning", "correct the wrong label, or remove one of the rows"),
+    "repeated-row": Kind("warning", "remove the repeated row, or nothing if it should count twice"),
     "id-in-two-splits": Kind("warning", "give each row a unique id"),
     "absent-label": Kind("warning", "add rows with this label; its F1 cannot be measured"),
     "joined-labels": Kind("warning", "if they are several labels, split them with --label-sep"),

@@ -20,6 +20,7 @@ from mopefuse.data.index import Index
 from mopefuse.data.index_build import Advance, build
 from mopefuse.data.known_labels import is_multi_label, known_labels
 from mopefuse.data.leaks import find_leaks
+from mopefuse.data.repeated_rows import notice_contradictions
 from mopefuse.data.rows import Rows
 from mopefuse.data.split_rows import Numbers, divide_rows
 from mopefuse.data.tables import Table, columns_in, find_tables, split_column
@@ -53,6 +54,7 @@ def load_data(
     training = "train" in require and "train" in indexes
     skipped = {name: skip_bad_rows(index, roots, config, training=training) for name, index in indexes.items()}
     label_warnings = label_check.check_labels(indexes["train"], roots[0], config) if training else []
+    contradictions = notice_contradictions(indexes.values()) if training else []
     parts = divide_rows(indexes, path, config, require)
     splits = {name: _split(name, index, rows, skipped.get(name, ()), config) for name, (index, rows) in parts.items()}
     multi_label = is_multi_label(parts)
@@ -62,7 +64,7 @@ def load_data(
         labels=known_labels(roots[0], splits, config, label_warnings),
         multi_label=multi_label,
         image_roots=roots,
-        notices=(*_notices(splits, indexes, config), *label_check.notices(label_warnings)),
+        notices=(*_notices(splits, indexes, config), *label_check.notices(label_warnings), *contradictions),
     )
 
 

@@ -148,7 +148,10 @@ def regular_file(path: Path, name: str, *, where: str, what: str) -> Path:
 
 
 def _place(roots: Sequence[Path], relative: str, where: str, what: str) -> Path:
-    if "\0" in relative or "://" in relative or relative.startswith(("\\", "~")) or relative[1:2] == ":":
+    if "://" in relative:
+        fix = "download the file, and use its path relative to the data folder"
+        raise UnsafePathError(PathCode.OUTSIDE_ROOT, f"the {what} path is a URL, outside the data folder", where=where, fix=fix)
+    if "\0" in relative or relative.startswith(("\\", "~")) or relative[1:2] == ":":
         raise _outside_root(where, what)
     bases = [root.resolve() for root in roots]
     absolute = relative.startswith("/")
@@ -157,6 +160,10 @@ def _place(roots: Sequence[Path], relative: str, where: str, what: str) -> Path:
         places = [path.resolve() for path in ([Path(relative)] if absolute else [base / relative for base in bases])]
     except (OSError, RuntimeError, ValueError):  # a cycle of links, a lone surrogate
         raise DataError(DataCode.FILE_NOT_FOUND, f"{what} not found: {relative}", where=where, fix="add the file") from None
+    if absolute and places[0].is_relative_to(bases[0]) and bases[0] not in allowed:
+        fix = f"write {places[0].relative_to(bases[0])}"
+        what = f"the {what} path is absolute, but has to be relative to the data folder"
+        raise UnsafePathError(PathCode.OUTSIDE_ROOT, what, where=where, fix=fix)
     if not all(any(path.is_relative_to(base) for base in allowed) for path in places):
         raise _outside_root(where, what)
     return next((path for path in places[:-1] if os.path.exists(path)), places[-1])
