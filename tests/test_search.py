@@ -101,11 +101,11 @@ def test_the_validation_split_affects_the_search(
 ) -> None:
     """The control for the test above: with other values, the sampler proposes other trials after the random ones."""
     _, searched = undisturbed
-    more = write_search(tmp_path, pairs, search={"trials": 12})
+    more = write_search(tmp_path, pairs, search={"trials": 11})
     first = run_search(read_study(str(more)), tmp_path / "first", jobs=1)
     assert facts(first)[:5] == facts(searched)
     shutil.copytree(tmp_path / "first", tmp_path / "second")
-    for number, trial in enumerate(first.trials[:11]):
+    for number, trial in enumerate(first.trials[:10]):
         metrics = tmp_path / "second" / trial.statuses[0].cell.folder / "metrics.json"
         values = json.loads(metrics.read_text())
         values["metrics"]["val"]["accuracy"] = 1 / (2 + number)

@@ -102,7 +102,7 @@ def test_a_study_killed_at_random_and_restarted_gives_the_same_table(undisturbed
     moments, out, kills, done = random.Random(1), tmp_path / "killed", 0, 0
     for _ in range(20):
         process = start(file, out, "--jobs", "2")
-        until = steps(out) + moments.randint(0, 11) if kills < 3 else 10**9
+        until = steps(out) + moments.randint(0, 11) if kills < 2 else 10**9
         wait_for(lambda until=until: steps(out) > until, process)
         process.kill()
         _, stderr = process.communicate(timeout=60)

@@ -20,7 +20,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has learned to read digits."""
     root = tmp_path_factory.mktemp("swap-learning")
     make(root / "data", train=6000, val=400, test=100)
-    flags = {"main": "tiny:vision", "comp": "tiny:text", "data.path": str(root / "data"), "train.epochs": 5}
+    flags = {"main": "tiny:vision", "comp": "tiny:text", "data.path": str(root / "data"), "train.epochs": 3}
     train(resolve(recipe="digit-questions/short", flags=flags), root / "base")
     assert accuracies(root / "base")[-1] > 5 * CHANCE
     return root / "base"

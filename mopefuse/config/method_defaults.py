@@ -49,7 +49,7 @@ CONDITIONAL: dict[str, Any] = {
     "head_features": "all",
     "head_hidden": 256,
     "prompts": {"film": True, "layers": "last:1/3", "token_dropout": None},
-    "router": {"importance_weight": 0.0},
+    "router": {"importance_weight": 0.0, "lr_factor": None},
     "train": {"patience": 3, "lr": 2e-3, "lr_head": 1e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": 0.1},
 }
 """Defaults of the method conditional without ``compat``, chosen by measurement; see "Defaults" in docs/results.md."""

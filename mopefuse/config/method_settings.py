@@ -43,6 +43,17 @@ class Flamingo(Section):
         return self
 
 
+class Lora(Section):
+    """Low-rank adaptation (LoRA) of an encoder."""
+
+    rank: int = Field(8, ge=1, le=WIDEST, description="rank r of the two matrices")
+    alpha: float = Field(16.0, ge=0, description="the update is scaled by alpha / r; 0 disables LoRA")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the two matrices, in training")
+    targets: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = Field(
+        None, description="names of the linear layers to adapt; default: the query and value projections"
+    )
+
+
 class Inserted(Section):
     """Tokens that some methods insert in front of the main encoder's own."""
 

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from mopefuse.config.messages import field_at, invalid_settings_error, keys_in
 from mopefuse.config.method_defaults import defaults_of, without_idle_side
-from mopefuse.config.method_settings import MLP, QMF, CrossAttention, Flamingo, Inserted, Interactive, Linear
+from mopefuse.config.method_settings import MLP, QMF, CrossAttention, Flamingo, Inserted, Interactive, Linear, Lora
 from mopefuse.config.section import MANY as _MANY
 from mopefuse.config.section import MAX_TOKENS as _MAX_TOKENS
 from mopefuse.config.section import WIDEST as _WIDEST
@@ -103,6 +103,12 @@ class Router(Section):
         None, ge=1, le=_MAX_TOKENS, description="use only the m highest-scoring experts per sample; default: all"
     )
     temperature: float = Field(0.1, gt=0, description="temperature of the routing softmax; towards 0 a single expert is chosen")
+    lr_factor: float | None = Field(
+        1.0,
+        gt=0,
+        description="learning rate of the router, as a multiple of lr; null: 4 temperature / sqrt(width of its input), so that "
+        "a step changes the routing only a little",
+    )
     noise: bool = Field(True, description="add noise to the routing scores in training, with standard deviation 1/K")
     noise_in_eval: bool = Field(False, description="add the noise in evaluation too, as the papers' released code does")
     importance_weight: float = Field(0.01, ge=0, description="weight of the importance loss")
@@ -120,17 +126,6 @@ class CompTuning(Section):
         "with LoRA (lora) or fully (full)",
     )
     length: int = Field(4, ge=1, le=_MAX_TOKENS, description="tokens of each static prompt, if mode is prompts")
-
-
-class Lora(Section):
-    """Low-rank adaptation (LoRA) of an encoder."""
-
-    rank: int = Field(8, ge=1, le=_WIDEST, description="rank r of the two matrices")
-    alpha: float = Field(16.0, ge=0, description="the update is scaled by alpha / r; 0 disables LoRA")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the two matrices, in training")
-    targets: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = Field(
-        None, description="names of the linear layers to adapt; default: the query and value projections"
-    )
 
 
 COLUMN_SETTINGS = {"text": "text_col", "image": "img_col"}

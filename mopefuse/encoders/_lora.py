@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from mopefuse.config.schema import Lora
+from mopefuse.config.method_settings import Lora
 from mopefuse.core.dependencies import require
 from mopefuse.core.error_codes import EncoderCode
 from mopefuse.errors import EncoderError, did_you_mean

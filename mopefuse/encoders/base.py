@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopefuse.config.schema import Lora
+from mopefuse.config.method_settings import Lora
 from mopefuse.core import registry
 from mopefuse.core.encoder_aliases import ALIASES
 from mopefuse.core.error_codes import EncoderCode, PluginCode

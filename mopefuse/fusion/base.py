@@ -368,7 +368,7 @@ class Fusion(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} is trained by steps only")
 
     def learning_rate_group(self, name: str) -> str:
-        """The learning rate that a trainable parameter uses: "main", "comp", "head", or "tuned" for a tuned main encoder."""
+        """The learning rate of a trainable parameter: "main", "comp", "head", "router", or "tuned" for a tuned main encoder."""
         part = re.split(r"[._\d]", name.removeprefix("stacks."))[0]
         if name.startswith("main.") and self.encoder("main").tuned:
             return "tuned"

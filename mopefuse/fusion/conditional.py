@@ -18,6 +18,7 @@ Shapes: B batch, C width of psi, N labels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import ClassVar, Literal
@@ -43,6 +44,8 @@ from mopefuse.prompts.stack import PromptStack, fill_prompt_lengths
 
 TOKEN_DROPOUT = 0.4
 """Default of ``prompts.token_dropout`` for a ViT; see docs/results.md."""
+ROUTER_RATE = 4.0
+"""Numerator of the default of ``router.lr_factor``, in units of the temperature; see docs/results.md."""
 
 
 class ConditionalFusion(Fusion):
@@ -189,7 +192,9 @@ class ConditionalFusion(Fusion):
 
     @classmethod
     def resolve(cls, config: RunConfig, encoders: Mapping[str, Encoder]) -> RunConfig:
-        """Return `config` with unset prompt lengths and initial bound replaced by the papers', and with a token dropout."""
+        """Return `config` with unset prompt lengths and initial bound replaced by the papers', and other unset settings of
+        the prompts and the router by their defaults.
+        """
         main, prompts = encoders["main"], config.prompts
         if prompts.token_dropout is None:
             dropped = 0.0 if main.leading_tokens is None or config.train.compile else TOKEN_DROPOUT
@@ -197,7 +202,14 @@ class ConditionalFusion(Fusion):
         if main.widths:
             prompts = fill_prompt_lengths(prompts, main.modality)
             prompts = prompts.model_copy(update={"init": prompts.init or initial_bound(main)})
-        return config.model_copy(update={"prompts": prompts})
+        router = config.router
+        if router.lr_factor is None:
+            router = router.model_copy(update={"lr_factor": _router_lr_factor(config, encoders)})
+        return config.model_copy(update={"prompts": prompts, "router": router})
+
+    def learning_rate_group(self, name: str) -> str:
+        """See `Fusion.learning_rate_group`."""
+        return "router" if name.startswith("stack.router.") else super().learning_rate_group(name)
 
     @property
     def prompt_kinds(self) -> tuple[str, ...]:
@@ -276,6 +288,17 @@ def warm_start_of(config: RunConfig) -> Literal["none", "linear", "auto"]:
     """The warm start of a configuration; ``auto`` is none if the untrained model could not equal a baseline."""
     possible = (config.prompts.gate == "zero") and not config.either
     return config.warm_start if possible or config.warm_start == "linear" else "none"
+
+
+def _router_lr_factor(config: RunConfig, encoders: Mapping[str, Encoder]) -> float:
+    """The default of `router.lr_factor`: 4 temperature / sqrt(C), where C is the width of the widest input of the router.
+
+    AdamW changes each weight by about the learning rate, and a routing logit is a sum over C features of unit variance,
+    divided by the temperature. With the learning rate of the prompts, a step therefore changes a logit by several units: the
+    softmax saturates before the experts differ, and the router is hardly trained any more.
+    """
+    read = [side for side in encoders if side != "main" or config.router.kind == "joint"]
+    return ROUTER_RATE * config.router.temperature / math.sqrt(max(encoders[side].feature_width for side in read))
 
 
 def _check_token_dropout(config: RunConfig, main: Encoder) -> None:

@@ -41,7 +41,9 @@ def make_optimizer(model: Fusion, config: Train) -> torch.optim.AdamW:
     """AdamW with a group for each `Fusion.learning_rate_group`; ``group["peak"]`` is its learning rate before the schedule."""
     ours = model.named_trainable_parameters()
     groups = []
+    assert config.lr is not None
     peaks = {"main": config.lr, "comp": config.lr_comp, "head": config.lr_head, "tuned": config.lr_tuned}
+    peaks["router"] = config.lr * (model.config.router.lr_factor or 1.0)
     for group, peak in peaks.items():
         parameters = [parameter for name, parameter in ours.items() if model.learning_rate_group(name) == group]
         if parameters:

@@ -180,6 +180,7 @@ def _derived_settings(config: RunConfig, model: Fusion) -> list[tuple[str, str]]
     """The settings whose values were derived from the encoders, to be derived again from the new ones."""
     derived = []
     candidates = [("prompts", "init"), ("pmf", "bottleneck"), ("train", "lr"), ("train", "lr_comp"), ("train", "lr_head")]
+    candidates.append(("router", "lr_factor"))
     if config.prompts.token_dropout:  # 0 is valid with any encoder
         candidates.append(("prompts", "token_dropout"))
     for section, key in candidates:
