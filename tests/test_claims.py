@@ -25,6 +25,9 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_token_conditions::test_a_sample_does_not_depend_on_its_batch "
         "test_token_conditions::test_a_run_with_cached_tokens_takes_the_course_of_one_without",
     },
+    "the routing of a sample does not saturate before the experts differ": {
+        "quick": "test_router_rate::test_the_routing_of_a_sample_does_not_saturate_in_the_first_steps",
+    },
     "without prompts the backbone is unmodified, bit for bit": {
         "quick": "test_encoders::test_without_prompts_the_backbone_is_unmodified "
         "test_fusion::test_zero_gated_prompts_start_as_the_frozen_encoder_bit_for_bit",

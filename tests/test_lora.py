@@ -25,8 +25,9 @@ from mopefuse.encoders.base import Encoder, Inputs, Prompt, create_encoder
 from mopefuse.errors import CheckpointError, EncoderError, PackageError
 from mopefuse.evaluation.evaluate import evaluate
 from mopefuse.evaluation.split import prepare_samples
-from mopefuse.fusion.base import Fusion, unsaved_fingerprints
+from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model
+from mopefuse.fusion.model_facts import unsaved_fingerprints
 from mopefuse.runs.folder import RunFolder
 from mopefuse.testing import check_encoder
 from mopefuse.training.train import train

@@ -68,3 +68,15 @@ def test_the_routing_of_a_sample_does_not_saturate_in_the_first_steps() -> None:
     before, small, large = sharpest(1e-9), sharpest(None), sharpest(1.0)
     assert abs(small - before) < 0.1
     assert large > before + 0.3
+
+
+def test_groups_for_an_optimizer_have_every_trained_parameter_once() -> None:
+    model = build_model(settings(), 3)
+    groups = model.parameter_groups(1e-2, head=1e-3)
+    assert {id(one) for group in groups for one in group["params"]} == {id(one) for one in model.trainable_parameters()}
+    rate = {id(one): group["lr"] for group in groups for one in group["params"]}
+    assert model.config.router.lr_factor is not None
+    expected = {"stack.router.": 1e-2 * model.config.router.lr_factor, "head.": 1e-3}
+    for name, parameter in model.named_trainable_parameters().items():
+        wanted = next((value for start, value in expected.items() if name.startswith(start)), 1e-2)
+        assert rate[id(parameter)] == pytest.approx(wanted), name

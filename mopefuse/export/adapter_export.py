@@ -21,9 +21,9 @@ from mopefuse.core.tensor_files import write_tensors
 from mopefuse.data.columns import sort_modalities
 from mopefuse.errors import ConfigError, EncoderError, NumericError
 from mopefuse.export.model_card import model_card
-from mopefuse.fusion.base import Fusion, unsaved_fingerprints
+from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import full_specs, load_encoder
-from mopefuse.fusion.model_facts import model_facts
+from mopefuse.fusion.model_facts import model_facts, unsaved_fingerprints
 from mopefuse.inference.bundle import KIND as BUNDLE
 from mopefuse.metrics.classification import THRESHOLD
 from mopefuse.runs import adapter_folder

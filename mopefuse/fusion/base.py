@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -323,8 +323,21 @@ class Fusion(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if self.is_trainable(name)}
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The parameters that training changes: ``torch.optim.AdamW(model.trainable_parameters())``."""
+        """The parameters that training changes."""
         return list(self.named_trainable_parameters().values())
+
+    def parameter_groups(self, lr: float, **rates: float | None) -> list[dict[str, Any]]:
+        """The parameters that training changes, by learning rate: ``torch.optim.AdamW(model.parameter_groups(1e-3))``.
+
+        Args:
+            lr: learning rate of groups without one of their own. The router's is a fraction of it, see `router.lr_factor`.
+            rates: learning rates of other groups, by their name (`learning_rate_group`).
+        """
+        rates = {"router": lr * (self.config.router.lr_factor or 1.0), **rates}
+        groups: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.named_trainable_parameters().items():
+            groups.setdefault(self.learning_rate_group(name), []).append(parameter)
+        return [{"params": parameters, "lr": rates.get(group) or lr} for group, parameters in groups.items()]
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """What a run saves: the trainable parameters, and the constants that belong to them, such as the keys of the router."""
@@ -381,8 +394,3 @@ class Fusion(nn.Module):
             part = next((part for pattern, part in self.parts.items() if re.search(pattern, name)), "other")
             count[part] += parameter.numel()
         return dict(count.most_common())
-
-
-def unsaved_fingerprints(model: Fusion) -> dict[str, str]:
-    """The fingerprints, by side, of encoders whose weights are not saved with the model (those of tuned encoders are)."""
-    return {side: model.encoder(side).fingerprint() for side in model.uses if not model.encoder(side).tuned}

@@ -6,7 +6,7 @@ from typing import Any
 
 from mopefuse import __version__
 from mopefuse.core import registry
-from mopefuse.fusion.base import Fusion, unsaved_fingerprints
+from mopefuse.fusion.base import Fusion
 
 
 def model_facts(model: Fusion, method: str) -> dict[str, Any]:
@@ -39,3 +39,8 @@ def model_facts(model: Fusion, method: str) -> dict[str, Any]:
             | {(registry.MODALITIES, encoder.modality) for encoder in encoders.values()}
         ),
     }
+
+
+def unsaved_fingerprints(model: Fusion) -> dict[str, str]:
+    """The fingerprints, by side, of encoders whose weights are not saved with the model (those of tuned encoders are)."""
+    return {side: model.encoder(side).fingerprint() for side in model.uses if not model.encoder(side).tuned}

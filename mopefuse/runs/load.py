@@ -22,8 +22,9 @@ from mopefuse.data.load import has_split_column, load_data
 from mopefuse.encoders.base import full_spec
 from mopefuse.encoders.description import SOURCES, differences, other_versions
 from mopefuse.errors import CheckpointError, DataError, Notice
-from mopefuse.fusion.base import Fusion, unsaved_fingerprints
+from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model
+from mopefuse.fusion.model_facts import unsaved_fingerprints
 from mopefuse.metrics import classification as metrics
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.locate import find_run

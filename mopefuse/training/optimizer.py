@@ -38,16 +38,11 @@ def with_learning_rates(
 
 
 def make_optimizer(model: Fusion, config: Train) -> torch.optim.AdamW:
-    """AdamW with a group for each `Fusion.learning_rate_group`; ``group["peak"]`` is its learning rate before the schedule."""
-    ours = model.named_trainable_parameters()
-    groups = []
+    """AdamW for `Fusion.parameter_groups`; ``group["peak"]`` is the learning rate of a group before the schedule."""
     assert config.lr is not None
-    peaks = {"main": config.lr, "comp": config.lr_comp, "head": config.lr_head, "tuned": config.lr_tuned}
-    peaks["router"] = config.lr * (model.config.router.lr_factor or 1.0)
-    for group, peak in peaks.items():
-        parameters = [parameter for name, parameter in ours.items() if model.learning_rate_group(name) == group]
-        if parameters:
-            groups.append({"params": parameters, "lr": peak, "peak": peak})
+    groups = model.parameter_groups(config.lr, comp=config.lr_comp, head=config.lr_head, tuned=config.lr_tuned)
+    for group in groups:
+        group["peak"] = group["lr"]
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
 
 
