@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import TINY, call, make_pairs, matrix, plain_config, ranks, write_rows
 from safetensors.torch import load_file
+from test_lora import SMALL_BERT
 
 from mopefuse.errors import ConfigError
 from mopefuse.fusion.build import build_model
@@ -200,6 +201,15 @@ def test_patches_are_dropped_only_if_the_new_main_encoder_has_some(data: Path, t
     assert RunFolder(tmp_path / "text").config().prompts.token_dropout == 0.0
     with pytest.raises(ConfigError, match=r"tokens of tiny:text cannot be dropped"):
         swap_encoder(tmp_path / "chosen", tmp_path / "refused", main="tiny:text", comp="tiny:vision")
+
+
+def test_the_rate_of_the_router_follows_the_new_encoder_unless_it_was_chosen(data: Path, tmp_path: Path) -> None:
+    for name, factor in (("default", None), ("chosen", 0.3)):
+        settings = {"data": {"path": str(data)}, "train": {"epochs": 0}, "router": {"lr_factor": factor}}
+        train(config_of(**settings), tmp_path / name)
+        swap_encoder(tmp_path / name, tmp_path / f"{name}-new", comp=SMALL_BERT, scratch=False)
+    rate = {name: RunFolder(tmp_path / name).config().router.lr_factor for name in ("default", "default-new", "chosen-new")}
+    assert rate == {"default": pytest.approx(0.4 / 96**0.5), "default-new": pytest.approx(0.4 / 32**0.5), "chosen-new": 0.3}
 
 
 def test_during_warm_up_only_new_tensors_are_trained(run: Path, tmp_path: Path) -> None:
