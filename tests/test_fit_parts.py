@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import code_of
+from conftest import code_of, make_pairs, write_rows
 from PIL import Image
 from torch import Tensor, nn
 
 from mopefuse.autofit.budget import Budget, parse_budget
 from mopefuse.autofit.calibration import calibrate, fold_temperature
 from mopefuse.autofit.cross_validation import FoldClock, cross_validate_network, cross_validate_regressions, fit_settings
-from mopefuse.autofit.features import FOLDS, Features, _PaceCheck
+from mopefuse.autofit.features import FOLDS, Features, _PaceCheck, compute_features
 from mopefuse.autofit.listener import CandidateListener, FitListener, OutOfTime
 from mopefuse.autofit.scores import Estimate, Judge, Predictions, choose, choose_leader
 from mopefuse.autofit.setup import choose_data
@@ -29,6 +30,7 @@ from mopefuse.fusion.linear import mean_of_softmaxes
 from mopefuse.fusion.mlp_fit import NetworkSettings
 from mopefuse.fusion.wide_head import WideHead
 from mopefuse.training.listener import Listener, Progress
+from mopefuse.training.plan import prepare
 from mopefuse.training.train import train
 
 S, N = 200, 3
@@ -215,6 +217,25 @@ def test_encoding_that_takes_longer_than_the_budget_is_stopped_early(
     check = _PaceCheck("encoding", Listener(), Budget(100.0), times)
     now += 10.0
     assert code_of(lambda: check(20, 100)) == ("MF-RES-390" if stops else "")
+
+
+def test_the_pace_of_encoding_is_that_of_distinct_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_pairs(tmp_path / "data", counts={"train": 4, "val": 2, "test": 2})
+    times: dict[str, float] = {}
+
+    class Recorder(_PaceCheck):
+        def __init__(self, what: str, listener: Listener, budget: Budget, times_: float) -> None:
+            super().__init__(what, listener, budget, times_)
+            times[what] = times_
+
+    monkeypatch.setattr("mopefuse.autofit.features._PaceCheck", Recorder)
+    rows = [json.loads(line) for line in (root / "test.jsonl").read_text().splitlines()]
+    many = [row | {"id": f"{row['id']}-{n}", "text": f"question {n}"} for row in rows for n in range(50)]
+    write_rows(root / "test.jsonl", many)
+    settings = {"main": "tiny:vision", "comp": "tiny:text", "method": "linear", "data": {"path": str(root)}}
+    compute_features(prepare(build_config(settings), Listener()), torch.device("cpu"), Listener(), Budget(1e6))
+    assert times["vision on train"] == pytest.approx(8 / 4), "100 rows of test have two images"
+    assert times["text on train"] == pytest.approx((3 + 50) / 3), "and fifty texts"
 
 
 def candidate_listener(seconds: float) -> CandidateListener:

@@ -6,7 +6,7 @@ Shapes: S samples of train followed by val, C width of one side's feature, N lab
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from mopefuse.autofit.budget import Budget
 from mopefuse.core.error_codes import ResourceCode
 from mopefuse.core.formatting import duration
-from mopefuse.data.base import Batch, Split
+from mopefuse.data.base import Batch, DataSet, Split
 from mopefuse.data.collate import FeatureTable
 from mopefuse.data.feature_cache import split_features
 from mopefuse.data.subsets import random_order
@@ -102,8 +102,9 @@ def compute_features(prepared: Prepared, device: torch.device, listener: Listene
         encoder = model.encoder(side)
         parts = []
         for number, split in enumerate(splits):
-            rows = [len(data.splits[name].rows) for name in splits[number:]]
-            watch = _PaceCheck(f"{encoder.spec.name} on {split}", listener, budget, sum(rows) / rows[0])
+            left = _count_distinct(data, splits[number:], encoder.modality)
+            times = left / _count_distinct(data, [split], encoder.modality)
+            watch = _PaceCheck(f"{encoder.spec.name} on {split}", listener, budget, times)
             found = split_features(encoder, data, split, prepared.config, device, advance=watch)
             if split in _JOINED:
                 parts.append(found[torch.arange(len(data.splits[split].rows))])
@@ -114,6 +115,11 @@ def compute_features(prepared: Prepared, device: torch.device, listener: Listene
     targets = torch.cat([data.targets(split) for split in _JOINED])
     groups = [group for split in _JOINED for group in _groups(data.splits[split])]
     return Features(tables, missing, targets, tuple(groups), len(data.splits["train"].rows))
+
+
+def _count_distinct(data: DataSet, splits: Sequence[str], modality: str) -> int:
+    """Count the distinct values of a modality in some splits, each of which is encoded once."""
+    return len(np.unique(np.concatenate([data.splits[name].keys[modality] for name in splits])))
 
 
 def _groups(split: Split) -> list[bytes]:
@@ -127,7 +133,7 @@ class _PaceCheck:
     """Passes the progress of an encoder on, and stops it early if it would exceed the budget.
 
     Args:
-        times: all rows that the encoder still has to encode, over those of this split.
+        times: all values that the encoder still has to encode, over those of this split.
     """
 
     def __init__(self, what: str, listener: Listener, budget: Budget, times: float) -> None:
