@@ -22,31 +22,39 @@ def find_repeated_rows(index: Index) -> Iterator[Finding]:
 
     Rows with a bad file are left out.
     """
-    rows_R = index.good()
-    key_R = _joint_keys(index)[rows_R]
-    _, first, inverse = np.unique(key_R, return_index=True, return_inverse=True)
-    earlier_R = first[inverse]
-    for position in np.flatnonzero(earlier_R < np.arange(len(rows_R))).tolist():
-        row, earlier = int(rows_R[position]), int(rows_R[earlier_R[position]])
+    for row, earlier in _repeats(index):
         other = f"{index.place(earlier)}, id {index.ids[earlier]}"
-        here, there = index.labels[row], index.labels[earlier]
-        if set(here) == set(there):
-            yield finding_at(index, row, "repeated-row", f"it has the same inputs and label as {other}")
-        else:
-            message = f"its label is {_name(here)}, but that of {other}, with the same inputs, is {_name(there)}"
+        if _contradicts(index, row, earlier):
+            here, there = _name(index.labels[row]), _name(index.labels[earlier])
+            message = f"its label is {here}, but that of {other}, with the same inputs, is {there}"
             yield finding_at(index, row, "contradicting-labels", message)
+        else:
+            yield finding_at(index, row, "repeated-row", f"it has the same inputs and label as {other}")
 
 
 def notice_contradictions(indexes: Iterable[Index]) -> list[str]:
     """Format a notice for training about each split that has contradicting labels."""
     notices = []
     for index in indexes:
-        found = [finding for finding in find_repeated_rows(index) if finding.kind == "contradicting-labels"]
-        if found:
-            have = "row has" if len(found) == 1 else "rows have"
-            what = f"labels: {len(found)} {have} the same inputs as an earlier row, but a different label"
-            notices.append(f"{what}, first in {found[0].where}: mopefuse data check lists all")
+        rows = [row for row, earlier in _repeats(index) if _contradicts(index, row, earlier)]
+        if rows:
+            have = "row has" if len(rows) == 1 else "rows have"
+            what = f"labels: {len(rows)} {have} the same inputs as an earlier row, but a different label"
+            notices.append(f"{what}, first in {index.place(rows[0])}: mopefuse data check lists all")
     return notices
+
+
+def _repeats(index: Index) -> list[tuple[int, int]]:
+    """The numbers of each good row whose inputs are those of an earlier one, and of the first that has them."""
+    rows_R = index.good()
+    _, first, inverse = np.unique(_joint_keys(index)[rows_R], return_index=True, return_inverse=True)
+    earlier_R = first[inverse]
+    again = np.flatnonzero(earlier_R < np.arange(len(rows_R)))
+    return list(zip(rows_R[again].tolist(), rows_R[earlier_R[again]].tolist(), strict=True))
+
+
+def _contradicts(index: Index, row: int, earlier: int) -> bool:
+    return set(index.labels[row]) != set(index.labels[earlier])
 
 
 def _joint_keys(index: Index) -> NDArray[np.uint64]:
