@@ -1,7 +1,7 @@
 """The demo: one task solved in seven ways, with the same data and frozen encoders.
 
 The task needs both modalities: the image shows four digits, and the text asks for one of them. The image encoder has only ever
-seen one digit at a time, so its pooled feature of four is of little use. Prompts make it look at one of them.
+seen one digit at a time, so its pooled feature of four is of little use. FiLM and prompts make it look at one.
 """
 
 from __future__ import annotations
