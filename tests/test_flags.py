@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 from mopefuse.__main__ import main as start_command
 from mopefuse.cli.app import app
 from mopefuse.cli.settings import add_command
-from mopefuse.config import setting_flags
+from mopefuse.config import flags
+from mopefuse.config.flags import FLAGS, Flag
 from mopefuse.config.messages import bounds, choices, help_text
 from mopefuse.config.method_defaults import CONDITIONAL_BY_PATH
 from mopefuse.config.recipe import resolve
 from mopefuse.config.schema import RunConfig, setting
-from mopefuse.config.setting_flags import FLAGS, Flag
 from mopefuse.errors import ConfigError
 
 COMMANDS = ("train", "fit", "eval", "predict", "data check", "data preview")
@@ -81,7 +81,7 @@ def test_no_published_flag_was_removed(command: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_option_has_the_help_text_of_its_setting(command: str) -> None:
     found = options(command)
-    for flag in setting_flags.flags_for(command):
+    for flag in flags.flags_for(command):
         shows_default = command not in ("fit", "eval", "predict")  # the run determines the value
         usual = CONDITIONAL_BY_PATH.get(flag.path)
         assert found[flag.name].help == help_text(setting(flag.path), default=shows_default, of_method=usual)
@@ -92,11 +92,11 @@ def test_help_has_a_heading_for_each_group_and_every_option_once() -> None:
     done = call("train", "--help")
     headings = [line for line in done.stdout.splitlines() if line.endswith(":") and not line.startswith(" ")]
     panels = (
-        setting_flags.MODEL,
-        setting_flags.DATA,
-        setting_flags.COLUMNS,
-        setting_flags.TRAINING,
-        setting_flags.PROMPTS,
+        flags.MODEL,
+        flags.DATA,
+        flags.COLUMNS,
+        flags.TRAINING,
+        flags.PROMPTS,
         "Options",
     )
     assert headings == [f"{name}:" for name in panels]
@@ -116,7 +116,7 @@ def test_every_flag_sets_a_setting_and_no_two_the_same() -> None:
 
 def test_a_new_line_of_the_table_is_a_new_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     new = (Flag("--clip", "train.clip", "Training", "toy"), Flag("--noise", "router.noise", "Training", "toy"))
-    monkeypatch.setattr(setting_flags, "FLAGS", new)
+    monkeypatch.setattr(flags, "FLAGS", new)
     toy = Toy()
     assert toy.run("--clip", "0.5", "--noise").exit_code == 0
     assert toy.settings == {"train.clip": 0.5, "router.noise": True}
@@ -129,7 +129,7 @@ def test_a_new_line_of_the_table_is_a_new_flag(monkeypatch: pytest.MonkeyPatch) 
 
 def test_every_flag_of_train_reaches_its_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     every = [flag._replace(commands="toy") for flag in FLAGS]
-    monkeypatch.setattr(setting_flags, "FLAGS", every)
+    monkeypatch.setattr(flags, "FLAGS", every)
     values = {"--layers": "last:2", "--image-root": str(tmp_path), "--column": "audio=clip", "--device": "cpu"}
     words, expected = [], {}
     for flag in every:

@@ -79,7 +79,7 @@ def _check(
     Args:
         single: whether there is one result, not a grid of them. gated: whether a metric must be reached.
     """
-    from mopefuse.config.setting_flags import flag_of
+    from mopefuse.config.flags import flag_of
     from mopefuse.core.atomic_files import check_file
     from mopefuse.errors import ConfigError, did_you_mean
     from mopefuse.runs.locate import find_run, get_kind, locate

@@ -1,4 +1,4 @@
-"""Options that set a setting, made from the table `mopefuse.config.setting_flags` and the schema of the configuration.
+"""Options that set a setting, made from the table `mopefuse.config.flags` and the schema of the configuration.
 
 A command that has such options is a function with a parameter ``settings``, registered with `add_command`. The options are
 made when the command runs or shows its help, so that ``mopefuse --help`` need not import the schema.
@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 from typer.core import TyperCommand
 
-from mopefuse.config.setting_flags import Flag, flag_of, flags_for
+from mopefuse.config.flags import Flag, flag_of, flags_for
 from mopefuse.core.error_codes import ConfigCode
 
 Settings = dict[str, Any]

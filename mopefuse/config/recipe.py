@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
+from mopefuse.config.flags import FLAGS
 from mopefuse.config.messages import near_setting
 from mopefuse.config.schema import Data, RunConfig, build_config, known_keys
-from mopefuse.config.setting_flags import FLAGS
 from mopefuse.config.setting_paths import flatten, merge, nest
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode
 from mopefuse.core.regular_files import read_regular
