@@ -179,8 +179,8 @@ def _new_config(
 def _derived_settings(config: RunConfig, model: Fusion) -> list[tuple[str, str]]:
     """The settings whose values were derived from the encoders, to be derived again from the new ones."""
     derived = []
-    candidates = [("prompts", "init"), ("pmf", "bottleneck"), ("train", "lr"), ("train", "lr_comp"), ("train", "lr_head")]
-    candidates.append(("router", "lr_factor"))
+    candidates = [("prompts", "init"), ("pmf", "bottleneck"), ("router", "lr_factor")]
+    candidates += [("train", "lr"), ("train", "lr_comp"), ("train", "lr_head")]
     if config.prompts.token_dropout:  # 0 is valid with any encoder
         candidates.append(("prompts", "token_dropout"))
     for section, key in candidates:
