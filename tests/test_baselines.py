@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from mopefuse.config.method_settings import Linear
+from mopefuse.config.method_settings import CrossAttention, Linear
 from mopefuse.fusion import baselines
 from mopefuse.fusion.baselines import Baseline, Baselines, fit_baselines, hold_out
 from mopefuse.fusion.mlp_fit import NetworkSettings
 from mopefuse.fusion.regression import FitSettings, Fold
+from mopefuse.fusion.token_reader_fit import Reading, ReadingSettings, fit_reading
 from mopefuse.metrics.significance import difference_in_errors, exceeds_noise
 
 HOW = FitSettings(2, multi_label=False, threshold=0.5, balanced=False, settings=Linear(strengths=(0.01, 1.0)))
@@ -73,8 +74,7 @@ def test_the_model_that_suits_the_label_is_selected(label: Any, best: str) -> No
 def test_regularisation_is_not_reduced_further_once_two_models_overfit(
     scores: list[float], losses: list[float], overfits: bool
 ) -> None:
-    weights = torch.zeros(1, 1), torch.zeros(1)
-    found = [Baseline("one", weights, score, loss) for score, loss in zip(scores, losses, strict=True)]
+    found = [scored("one", score, loss) for score, loss in zip(scores, losses, strict=True)]
     assert baselines._overfits(found) is overfits
 
 
@@ -128,10 +128,63 @@ def test_multi_label_data_and_class_weights_are_supported() -> None:
     ("samples", "best"), [(100, "second"), (10_000, "first")], ids=["within a standard error", "beyond a standard error"]
 )
 def test_the_loss_ranks_models_whose_scores_differ_by_noise(samples: int, best: str) -> None:
-    weights = torch.zeros(1, 1), torch.zeros(1)
     values = {"first": (0.92, 0.30), "second": (0.91, 0.28), "third": (0.5, 0.1)}
-    fitted = [Baseline(name, weights, *scores) for name, scores in values.items()]
+    fitted = [scored(name, *scores) for name, scores in values.items()]
     assert Baselines(fitted, {}, samples, 0).best.name == best
+
+
+def scored(name: str, score: float, loss: float, val_S: Tensor | None = None) -> Baseline:
+    val_S = torch.tensor([score]) if val_S is None else val_S
+    return Baseline(name, (torch.zeros(1, 1), torch.zeros(1)), score, loss, val_score=float(val_S.mean()), val_S=val_S)
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "best"), [(3, 0, "reading"), (2, 0, "simple"), (11, 5, "simple"), (0, 5, "simple"), (13, 5, "reading")]
+)
+def test_cross_attention_is_preferred_only_beyond_noise(gained: int, lost: int, best: str) -> None:
+    simple_S = torch.cat([torch.zeros(gained), torch.ones(lost), torch.zeros(100)])
+    reading_S = torch.cat([torch.ones(gained), torch.zeros(lost), torch.zeros(100)])
+    fitted = [scored("simple", 0.9, 0.3, simple_S), scored("lower loss", 0.1, 0.2, simple_S)]
+    found = Baselines(fitted, {}, 10_000, 5, scored("reading", 0.2, 9.0, reading_S))
+    assert found.best.name == best
+    assert found.trained_from.name == ("reading" if best == "reading" else "lower loss")
+    assert ("therefore reading" in found.summary()) == (best == "reading")
+    assert found.facts()["cross_attention"]["samples"] == len(reading_S) and found.facts()["best"] == best
+
+
+class Tokens(NamedTuple):
+    """Tokens of the samples of a fold."""
+
+    values_SLD: Tensor
+
+    def __getitem__(self, index_B: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        values_BLD = self.values_SLD[index_B]
+        return {"values_BLC": values_BLD, "mask_BL": torch.ones(values_BLD.shape[:2], dtype=torch.bool)}
+
+
+def binding(samples: int, seed: int) -> Fold:
+    """The label is the sign that the token at one of four positions has; comp tells which, and main is the mean of all."""
+    draw = torch.Generator().manual_seed(seed)
+    place_S = torch.randint(4, (samples,), generator=draw)
+    sign_SL = torch.randint(2, (samples, 4), generator=draw) * 2.0 - 1
+    tokens_SLD = torch.cat([torch.eye(4).expand(samples, 4, 4), sign_SL[..., None]], dim=2)
+    features = {"main": tokens_SLD.mean(dim=1), "comp": torch.eye(4)[place_S]}
+    return Fold(features, (sign_SL[torch.arange(samples), place_S] > 0).long(), tokens=Tokens(tokens_SLD))
+
+
+def test_cross_attention_finds_what_the_pooled_features_do_not_contain() -> None:
+    train, val = binding(2000, 0), binding(600, 1)
+    settings = ReadingSettings(CrossAttention(width=16, dropout=0.0), 5, NETWORK)
+    found = fit_baselines(train, val, HOW, NETWORK, lambda what, share: None, seed=0, reading=settings)
+    assert found.best is found.reading and found.reading.score > 0.95 > 0.9 > found.best_simple.score
+    assert isinstance(found.best.model, Reading)
+    one, other = (fit_reading(train, val.rows(torch.tensor([5, 3])), known_of(train), HOW, settings) for _ in range(2))
+    first, again = (next(epochs) for epochs in (one, other))
+    assert torch.equal(first[1], again[1]) and len(first[1]) == 2, "fits must be repeatable"
+
+
+def known_of(train: Fold) -> dict[str, dict[str, Tensor]]:
+    return {side: train.statistics(side) for side in train.features}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders.base import Encoder, Prefix, Prompt
-from mopefuse.encoders.frozen import can_continue, encode_pooled, encode_prefixes, token_counts
+from mopefuse.encoders.frozen import can_continue, encode_pooled, encode_prefixes, encode_tokens, token_counts
 
 pytest_plugins = ["families"]
 CHOSEN = ("hf-bert", "hf-albert", "hf-swin", "hf-dinov2", "timm-vit", "timm-swin-padded", "open_clip-text", "open_clip-visual")
@@ -70,8 +70,9 @@ def test_tokens_are_stored_without_padding(family: str, encoders: Mapping[str, E
     assert can_continue(encoder, inputs, encoder.compute_prefix(inputs, last))
     kept, none = encode_prefixes(encoder, inputs, last)
     assert none is None
-    again, pooled_BC = encode_prefixes(encoder, inputs, last, pooled=True)
-    assert pooled_BC is not None and torch.equal(pooled_BC, encode_pooled(encoder, inputs))
+    again, outputs = encode_prefixes(encoder, inputs, last, outputs=True)
+    assert outputs is not None and torch.equal(outputs.pooled_BC, encode_pooled(encoder, inputs))
+    assert all(map(torch.equal, outputs.tokens, encode_tokens(encoder, inputs)))
     assert all(map(torch.equal, again, kept))
     assert all(len(tokens_LD) > 0 and tokens_LD.shape[1] == encoder.widths[last] for tokens_LD in kept)
     padded_BLD = pad_sequence(kept, batch_first=True)

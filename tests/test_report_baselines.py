@@ -111,6 +111,11 @@ def test_a_warm_start_is_compared_with_its_initial_regression(run: Path) -> None
     facts = replace(facts, config=config, log=log, result={**facts.result, "start": {"samples": 1234, "baselines": table}})
     text = Page(str(run_baselines.baselines(facts).body)).text
     assert "on 1,234 held-out samples: MLP on main and comp 50.0 %, one 25.0 %." in text
+    read = {"name": "cross-attention", "score": 0.625, "best_other": 0.5}
+    for best, expected in (("cross-attention", "It is step 0."), ("one", "so step 0 is one.")):
+        start = {**facts.result["start"], "best": best, "cross_attention": read}
+        text = Page(str(run_baselines.baselines(replace(facts, result={**facts.result, "start": start})).body)).text
+        assert "Cross-attention: 62.5 % on validation, the best of the others 50.0 %." in text and expected in text
     text = Page(str(run_baselines.baselines(replace(facts, step=0)).body)).text
     assert "Its accuracy on validation is 50.0 %. No later step was better by more than noise" in text
     facts = facts_of(run)

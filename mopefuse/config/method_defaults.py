@@ -46,8 +46,9 @@ cached features takes a second or two. For cross-attention see "Photo grids" in 
 
 CONDITIONAL: dict[str, Any] = {
     "warm_start": "auto",
-    "head_features": "all",
+    "head_features": None,
     "head_hidden": 256,
+    "head_dropout": 0.5,
     "prompts": {"film": True, "layers": "last:1/3", "token_dropout": None},
     "router": {"importance_weight": 0.0, "lr_factor": None},
     "train": {"patience": 3, "lr": 2e-3, "lr_head": 1e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": 0.1},

@@ -312,10 +312,17 @@ class RunConfig(Section):
     head_hidden: int = Field(
         0, ge=0, le=_WIDEST, description="width of a hidden layer in the head; 0: a linear head, as in the papers"
     )
-    head_features: Literal["main", "all"] = Field(
+    head_dropout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="dropout on the hidden layer of the head of conditional, in training; default: mlp.dropout",
+    )
+    head_features: Literal["main", "all", "tokens"] | None = Field(
         "main",
-        description="what the head of conditional or flamingo classifies: the pooled feature of main, as in the papers, or "
-        "all pooled features, concatenated",
+        description="what the head of conditional or flamingo classifies: the pooled feature of main, as in the papers (main), "
+        "all pooled features, concatenated (all), or also what cross-attention reads from the output tokens of main (tokens, "
+        "conditional only); default of conditional without compat: tokens if main provides its tokens, else all",
     )
     warm_start: Literal["none", "linear", "auto"] = Field(
         "none",
@@ -348,9 +355,11 @@ class RunConfig(Section):
         return value[0] if not isinstance(value, str) and len(value) == 1 else value
 
     @model_validator(mode="after")
-    def _experts(self) -> RunConfig:
+    def _consistent(self) -> RunConfig:
         if self.router.top_m is not None and self.router.top_m > self.prompts.experts:
             raise ValueError(f"router.top_m is {self.router.top_m}, but there are only {self.prompts.experts} experts")
+        if self.head_features == "tokens" and self.method == "flamingo":
+            raise ValueError("head_features is tokens, which flamingo does not support: use main or all")
         return self
 
 

@@ -185,7 +185,7 @@ class Computation:
 
         def publish() -> None:
             joined = ComputedRows.join(waiting)
-            if not self.store.append(self.values_U[joined.numbers_M], joined.rows_RC, self.facts, joined.counts_M):
+            if not self.publish(joined):
                 not_stored.append(joined)
             waiting.clear()
 
@@ -200,6 +200,10 @@ class Computation:
         if waiting:
             publish()
         return not_stored
+
+    def publish(self, rows: ComputedRows) -> bool:
+        """Store rows as a new shard; False if the cache cannot keep it."""
+        return self.store.append(self.values_U[rows.numbers_M], rows.rows_RC, self.facts, rows.counts_M)
 
     def compute(self, numbers_M: Numbers) -> Iterator[ComputedRows]:
         """Encode values, some at a time."""

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from mopefuse.config.schema import RunConfig
+from mopefuse.core import distributed
 from mopefuse.core.error_codes import NumericCode, ResourceCode
 from mopefuse.data.base import DataSet
-from mopefuse.data.feature_cache import Advance, Computation, ComputedRows, Mask, Numbers, encoder_key, feature_store
+from mopefuse.data.feature_cache import Advance, Computation, ComputedRows, Numbers, encoder_key, feature_store
 from mopefuse.data.feature_shards import FeatureStore, Values
 from mopefuse.data.ragged import Estimate, RaggedTable, collect, estimate, pad
+from mopefuse.data.token_cache import lack_of_space, rows_to_store, token_store
 from mopefuse.encoders.base import Encoder, Inputs
 from mopefuse.encoders.frozen import can_continue, encode_prefixes, token_counts
 from mopefuse.errors import NumericError, ResourceError
@@ -42,26 +44,32 @@ class PrefixComputation(Computation):
 
     Args:
         layer: the layer.
-        pooled: whether pooled features that are not stored yet are computed and stored too; they cost only the other layers.
+        features, tokens: stores of pooled features and of output tokens, if those that are missing there are to be computed and
+            stored too; they cost only the other layers.
     """
 
-    def __init__(self, *args: Any, layer: int, pooled: bool, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, layer: int, features: FeatureStore | None, tokens: FeatureStore | None, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
-        self.layer, self.pooled_MC = layer, list[Values]()
-        self.features = feature_store(self.encoder, self.config, self.device)
-        if pooled:
-            self.features.refresh()
-        self.pooled = pooled and not self.features.find(self.values_U).known_U.all()
+        self.layer = layer
+        self.others = {name: store for name, store in (("features", features), ("tokens", tokens)) if store is not None}
+        for store in self.others.values():
+            store.refresh()
+        self.others = {n: store for n, store in self.others.items() if not store.find(self.values_U).known_U.all()}
+        self._waiting: dict[str, list[tuple[Values, Numbers]]] = {name: [] for name in self.others}
 
-    def compute_and_store(self, share_U: Mask, *, keep: bool = True) -> list[ComputedRows]:
-        """See `Computation.compute_and_store`."""
-        not_stored = super().compute_and_store(share_U, keep=keep)
-        if self.pooled_MC:
-            values_MC = np.concatenate(self.pooled_MC)
-            keys_M = self.values_U[share_U][: len(values_MC)]
-            new_M = ~self.features.find(keys_M).known_U
-            self.features.append(keys_M[new_M], values_MC[new_M], self.facts)
-        return not_stored
+    def publish(self, rows: ComputedRows) -> bool:
+        """See `Computation.publish`."""
+        keys_M = self.values_U[rows.numbers_M]
+        for name, store in self.others.items():
+            values_RC, counts = (np.concatenate(parts) for parts in zip(*self._waiting[name], strict=True))
+            new_M = ~store.find(keys_M).known_U
+            if new_M.any():
+                counts_M = counts[new_M] if store.ragged else None
+                store.append(keys_M[new_M], values_RC[np.repeat(new_M, counts)], self.facts, counts_M)
+            self._waiting[name].clear()
+        return super().publish(rows)
 
     def encode(self, inputs: Inputs) -> tuple[Values, Numbers]:
         """See `Computation.encode`.
@@ -69,9 +77,12 @@ class PrefixComputation(Computation):
         Raises:
             NumericError: a value is too large for float16.
         """
-        found, pooled_BC = encode_prefixes(self.encoder, inputs, self.layer, pooled=self.pooled)
-        if pooled_BC is not None:
-            self.pooled_MC.append(pooled_BC.float().cpu().numpy())
+        found, outputs = encode_prefixes(self.encoder, inputs, self.layer, outputs=bool(self.others))
+        if outputs is not None and "features" in self.others:
+            pooled_BC = outputs.pooled_BC.float().cpu().numpy()
+            self._waiting["features"].append((pooled_BC, np.ones(len(pooled_BC), dtype=np.int64)))
+        if outputs is not None and "tokens" in self.others:
+            self._waiting["tokens"].append(rows_to_store(outputs.tokens, self.others["tokens"]))
         each = [tokens_LD.float().cpu() for tokens_LD in found]
         full_RD = torch.cat(each)
         rows_RD = full_RD.to(getattr(torch, self.store.dtype))
@@ -95,6 +106,7 @@ def split_prefixes(
     device: torch.device,
     *,
     pooled: bool = False,
+    tokens: bool = False,
     advance: Advance = lambda done, total: None,
 ) -> Prefixes:
     """Get the tokens that enter a layer for every sample of a split: stored ones are read, the others computed and stored.
@@ -102,15 +114,19 @@ def split_prefixes(
     Several processes share the computation, and all use the same values.
 
     Args:
-        pooled: whether pooled features will be needed too; any not stored yet are computed along with the tokens.
+        pooled, tokens: whether pooled features, and output tokens, will be needed too; any not stored yet are computed along.
         advance: called with (values computed, values to compute) by this process.
 
     Raises:
         ResourceError: the cache cannot keep them. NumericError: a value is too large for float16.
     """
     store = _store(encoder, layer, config, device)
+    others = {
+        "features": feature_store(encoder, config, device) if pooled else None,
+        "tokens": _token_store_with_space(encoder, data, split, config, device) if tokens else None,
+    }
     computation = PrefixComputation(
-        encoder, data, split, config, device, store=store, advance=advance, layer=layer, pooled=pooled
+        encoder, data, split, config, device, store=store, advance=advance, layer=layer, **others
     )
     found = collect(computation, Prefixes)
     if found is None:
@@ -121,6 +137,15 @@ def split_prefixes(
             fix="set MOPEFUSE_CACHE to a folder with more space that all processes share, or use --cache-prefix off",
         )
     return found
+
+
+def _token_store_with_space(
+    encoder: Encoder, data: DataSet, split: str, config: RunConfig, device: torch.device
+) -> FeatureStore | None:
+    """The store of an encoder's output tokens; None if those of a split would not fit."""
+    store = token_store(encoder, config, device)
+    lacks_space = distributed.run_on_main(lambda: bool(lack_of_space(store, encoder, data, split, config, device)))
+    return None if lacks_space else store
 
 
 def _store(encoder: Encoder, layer: int, config: RunConfig, device: torch.device) -> FeatureStore:

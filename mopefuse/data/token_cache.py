@@ -9,6 +9,7 @@ Shapes: B batch, L tokens, C their width.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -44,9 +45,14 @@ class TokenComputation(Computation):
 
     def encode(self, inputs: Inputs) -> tuple[Values, Numbers]:
         """See `Computation.encode`."""
-        each = [normalize_feature(tokens_LC).cpu() for tokens_LC in encode_tokens(self.encoder, inputs)]
-        rows: Values = torch.cat(each).to(getattr(torch, self.store.dtype)).numpy()
-        return rows, np.array([len(tokens_LC) for tokens_LC in each])
+        return rows_to_store(encode_tokens(self.encoder, inputs), self.store)
+
+
+def rows_to_store(tokens: Sequence[Tensor], store: FeatureStore) -> tuple[Values, Numbers]:
+    """Normalise the output tokens (L, C) of some values, and count those of each."""
+    each = [normalize_feature(tokens_LC).cpu() for tokens_LC in tokens]
+    rows: Values = torch.cat(each).to(getattr(torch, store.dtype)).numpy()
+    return rows, np.array([len(tokens_LC) for tokens_LC in each])
 
 
 def split_tokens(
@@ -68,22 +74,23 @@ def split_tokens(
     Returns:
         The tokens, or the reason why they are not cached and how to change it.
     """
-    store = _store(encoder, config, device)
-    if reason := distributed.run_on_main(lambda: _lack_of_space(store, encoder, data, split, config, device)):
+    store = token_store(encoder, config, device)
+    if reason := distributed.run_on_main(lambda: lack_of_space(store, encoder, data, split, config, device)):
         return str(reason)
     computation = TokenComputation(encoder, data, split, config, device, store=store, advance=advance)
     found = collect(computation, TokenTable)
     return found or "the cache cannot keep them; set MOPEFUSE_CACHE to a folder with more space that all processes share"
 
 
-def _store(encoder: Encoder, config: RunConfig, device: torch.device) -> FeatureStore:
+def token_store(encoder: Encoder, config: RunConfig, device: torch.device) -> FeatureStore:
+    """The store of an encoder's output tokens."""
     dtype = config.data.prefix_precision
     return FeatureStore(
         encoder_key(encoder, config, device, "tokens", dtype), encoder.token_width, kind=KIND, dtype=dtype, ragged=True
     )
 
 
-def _lack_of_space(
+def lack_of_space(
     store: FeatureStore, encoder: Encoder, data: DataSet, split: str, config: RunConfig, device: torch.device
 ) -> str:
     """Why the tokens of a split do not fit into the limit or the free space; empty if they do, or are all stored already."""

@@ -173,6 +173,17 @@ class Encoder(nn.Module):
                 EncoderCode.NOT_PROMPTABLE, f"{self.spec} {self.unpromptable_reason or 'has no promptable layer'}", fix=fix
             )
 
+    def require_tokens(self, *, fix: str, where: str = "") -> int:
+        """Check that the encoder provides its output tokens; returns their width.
+
+        Raises:
+            EncoderError: it does not.
+        """
+        if not self.token_width:
+            what = f"{self.spec} does not provide its tokens"
+            raise EncoderError(EncoderCode.TOKEN_WIDTH_UNKNOWN, what, where=where, fix=fix)
+        return self.token_width
+
     def require_insertable(self, side: str = "main") -> None:
         """Check that the encoder supports inserted tokens.
 

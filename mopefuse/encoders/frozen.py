@@ -6,11 +6,12 @@ Shapes: B batch, b part of a batch, L tokens, D width of a layer, C width of the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mopefuse.encoders.base import Encoder, Inputs, Prefix, run_frozen
+from mopefuse.encoders.base import Encoder, EncoderOutput, Inputs, Prefix, run_frozen
 
 _MAX_ELEMENTS = 64 * 3 * 224 * 224  # maximum size of one input tensor of a batch
 _MAX_SAMPLES = 32  # larger chunks are not faster on a CPU and need more padding
@@ -31,52 +32,65 @@ def encode_pooled(encoder: Encoder, inputs: Inputs) -> Tensor:
     return pooled_BC
 
 
+class Outputs(NamedTuple):
+    """Pooled features (B, C), and the output tokens (L, D) of each sample, without padding."""
+
+    pooled_BC: Tensor
+    tokens: list[Tensor]
+
+
 def encode_prefixes(
-    encoder: Encoder, inputs: Inputs, layer: int, *, pooled: bool = False
-) -> tuple[list[Tensor], Tensor | None]:
+    encoder: Encoder, inputs: Inputs, layer: int, *, outputs: bool = False
+) -> tuple[list[Tensor], Outputs | None]:
     """Compute the tokens (L, D) of each sample that enter a layer, without padding (see `token_counts`).
 
     Args:
-        pooled: also run the other layers, and return pooled features (B, C), as `encode_pooled` does.
+        outputs: also run the other layers, and return what `encode_pooled` and `encode_tokens` do.
     """
     found: dict[int, Tensor] = {}
     pooled_C: dict[int, Tensor] = {}
+    tokens: dict[int, Tensor] = {}
     counts_B = token_counts(encoder, inputs)
     for index_b, part in _chunks(encoder, inputs):
         numbers = index_b.tolist()
-        if pooled:
-            tokens_bLD, part_bC = _prefix_and_pooled(encoder, part, layer)
-            pooled_C.update(zip(numbers, part_bC, strict=True))
+        if outputs:
+            tokens_bLD, encoded = _prefix_and_output(encoder, part, layer)
+            pooled_C.update(zip(numbers, encoded.pooled_BC, strict=True))
+            tokens.update(zip(numbers, _unpadded(encoded), strict=True))
         else:
             tokens_bLD = encoder.compute_prefix(part, layer).tokens_BLD
         for number, tokens_LD in zip(numbers, tokens_bLD, strict=True):
             found[number] = tokens_LD if counts_B is None else tokens_LD[: int(counts_B[number])]
     order = range(len(found))
-    return [found[number] for number in order], torch.stack([pooled_C[number] for number in order]) if pooled else None
+    others = Outputs(torch.stack([pooled_C[at] for at in order]), [tokens[at] for at in order]) if outputs else None
+    return [found[at] for at in order], others
 
 
 @torch.no_grad()
-def _prefix_and_pooled(encoder: Encoder, inputs: Inputs, layer: int) -> tuple[Tensor, Tensor]:
-    """The tokens (B, L, D) that enter a layer, and the pooled features (B, C)."""
+def _prefix_and_output(encoder: Encoder, inputs: Inputs, layer: int) -> tuple[Tensor, EncoderOutput]:
+    """The tokens (B, L, D) that enter a layer, and the output of the encoder."""
     seen: dict[int, Tensor] = {}
 
     def record(at: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> None:
         if at == layer:
             seen[at] = tokens_BLD
 
-    pooled_BC = encoder.encode(inputs, record).pooled_BC
-    return seen[layer], pooled_BC
+    encoded = encoder.encode(inputs, record)
+    return seen[layer], encoded
 
 
 def encode_tokens(encoder: Encoder, inputs: Inputs) -> list[Tensor]:
     """Compute the output tokens (L, D) of each sample, without padding."""
     found: dict[int, Tensor] = {}
     for index_b, part in _chunks(encoder, inputs):
-        encoded = run_frozen(encoder, part)
-        for place, number in enumerate(index_b.tolist()):
-            tokens_LD = encoded.tokens_BLD[place]
-            found[number] = tokens_LD if encoded.mask_BL is None else tokens_LD[encoded.mask_BL[place]]
+        found.update(zip(index_b.tolist(), _unpadded(run_frozen(encoder, part)), strict=True))
     return [found[number] for number in range(len(found))]
+
+
+def _unpadded(encoded: EncoderOutput) -> list[Tensor]:
+    """The output tokens (L, D) of each sample, without padding."""
+    tokens_BLD, mask_BL = encoded.tokens_BLD, encoded.mask_BL
+    return [tokens_LD if mask_BL is None else tokens_LD[mask_BL[place]] for place, tokens_LD in enumerate(tokens_BLD)]
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ class Fusion(nn.Module):
         frozen: the sides whose encoder gets no prompts and is never trained, so that its features can be cached.
         reads: the sides whose samples the forward pass reads.
         reads_tokens: the sides of `frozen` of which it also reads the output tokens, from `Batch.tokens` if these were cached.
+        tokens_to_fit: the sides of which `fit` takes the output tokens, if they can be cached.
         prefix_layers: by side, the first layer of the encoder that is prompted, if all before it are frozen: `forward` then
             starts from `prefix`, so that training can cache the input of that layer.
     """
@@ -83,6 +84,7 @@ class Fusion(nn.Module):
             self.add_module(side, encoders[side])
         self.frozen: tuple[str, ...] = ()
         self.reads_tokens: tuple[str, ...] = ()
+        self.tokens_to_fit: tuple[str, ...] = ()
         self.reads: tuple[str, ...] = self.uses
         self.prefix_layers: dict[str, int] = {}
         self.standard: nn.ModuleDict | None = None  # by side, if the head takes standardised features
@@ -170,8 +172,8 @@ class Fusion(nn.Module):
         default = RunConfig(main="", comp="")
         settings = ["train.modality_dropout"] if self.config.train.modality_dropout and self.closed_form else []
         optional = (
-            "warm_start head_features tune prompts router comp_tuning lora inserted pmf linear mlp cross_attention qmf "
-            "flamingo"
+            "warm_start head_features head_dropout tune prompts router comp_tuning lora inserted pmf linear mlp "
+            "cross_attention qmf flamingo"
         )
         used = (*self.sections, "lora") if any(self.encoder(side).adapted for side in self.uses) else self.sections
         return [s for s in optional.split() if s not in used and getattr(self.config, s) != getattr(default, s)] + settings

@@ -4,6 +4,9 @@ They are a logistic regression for each encoder, their average, one on all featu
 validation split alone would choose by luck, so that samples of the training split, each predicted by models that were fitted
 without it, are used as well (cross-validation).
 
+Cross-attention to the output tokens of the main encoder takes longer to fit. It is fitted once, and preferred to the best of
+the others if it is better on validation by more than noise.
+
 Shapes: S samples, F features of all sides, N labels.
 """
 
@@ -18,8 +21,10 @@ from torch import Tensor
 
 from mopefuse.core.formatting import percent
 from mopefuse.fusion.mlp_fit import Network, NetworkSettings, epochs_for, fit_network
-from mopefuse.fusion.regression import Advance, FitSettings, Fold, Problem, score, standard_state
+from mopefuse.fusion.regression import Advance, FitSettings, Fold, Problem, score, score_by_sample, standard_state
+from mopefuse.fusion.token_reader_fit import Reading, ReadingSettings, fit_reading
 from mopefuse.metrics.label_loss import label_loss
+from mopefuse.metrics.significance import difference_in_errors, is_probably_better
 
 _FOLDS = 5
 _MANY_HELD_OUT = 500  # validation samples that suffice without cross-validation
@@ -27,6 +32,7 @@ _MANY_TO_FIT = 5000  # training samples up to which cross-validation takes secon
 
 Weights = tuple[Tensor, Tensor]
 """Weight (N, F) and bias (N,) of a linear model on all features."""
+Model = Network | Weights | Reading
 
 
 class Baseline(NamedTuple):
@@ -36,12 +42,16 @@ class Baseline(NamedTuple):
         name: such as "logistic regression on main".
         score: the selected metric on the held-out samples.
         loss: the mean loss on them.
+        val_score: the selected metric on the validation split.
+        val_S: the score of each validation sample.
     """
 
     name: str
-    model: Network | Weights
+    model: Model
     score: float
     loss: float
+    val_score: float
+    val_S: Tensor
 
 
 class Held(NamedTuple):
@@ -107,17 +117,38 @@ class _Comparison:
         assert best is not None
         return best
 
+    def reading(self, settings: ReadingSettings, advance: Advance) -> Baseline:
+        """Fit cross-attention to the tokens of the main encoder on the training split, and choose the epoch on validation."""
+        (train, val), name = self.pairs[-1], "cross-attention to the output tokens of main"
+        actual = val.targets[torch.arange(len(val.targets))]
+        report = lambda share: advance(name, share)  # noqa: E731
+        epochs = fit_reading(train, val, self.known, self.how, settings, report)
+        scored = [self._scored(name, model, [logits_SN], actual)[0] for model, logits_SN in epochs]
+        return max(scored, key=lambda one: one.score)
+
     def average(self, of: Sequence[tuple[Baseline, Tensor]]) -> Baseline:
         """Average the logits of regressions: the geometric mean of their probabilities, normalised."""
-        weights_NF = torch.stack([one.model[0] for one, _ in of]).mean(dim=0)
-        biases_N = torch.stack([one.model[1] for one, _ in of]).mean(dim=0)
+        linear = [one.model for one, _ in of if not isinstance(one.model, Reading)]
+        weights_NF, biases_N = (torch.stack([model[part] for model in linear]).mean(dim=0) for part in (0, 1))
         logits_SN = torch.stack([logits_SN for _, logits_SN in of]).mean(dim=0)
         return self._scored("average of one logistic regression per encoder", (weights_NF, biases_N), [logits_SN])[0]
 
-    def _scored(self, name: str, model: Network | Weights, parts: Sequence[Tensor]) -> tuple[Baseline, Tensor]:
-        logits_SN = torch.cat(list(parts))
-        loss = label_loss(logits_SN, self.actual, multi_label=self.how.multi_label).mean()
-        return Baseline(name, model, score(logits_SN, self.actual, self.how), float(loss)), logits_SN
+    def _scored(
+        self, name: str, model: Model, parts: Sequence[Tensor], actual: Tensor | None = None
+    ) -> tuple[Baseline, Tensor]:
+        """Score held-out logits, of which those of the validation split are the last.
+
+        Args:
+            actual: targets; default: those of all held-out samples.
+        """
+        logits_SN, actual = torch.cat(list(parts)), self.actual if actual is None else actual
+        loss = label_loss(logits_SN, actual, multi_label=self.how.multi_label).mean()
+        last = slice(-len(self.pairs[-1].out.targets), None)
+        val = logits_SN[last], actual[last], self.how
+        found = Baseline(
+            name, model, score(logits_SN, actual, self.how), float(loss), val_score=score(*val), val_S=score_by_sample(*val)
+        )
+        return found, logits_SN
 
     def _widen(self, group: Sequence[str], weights: Weights) -> Weights:
         """Add zero weights for the features of sides that are not in `group`."""
@@ -146,15 +177,23 @@ class Baselines(NamedTuple):
         standard: statistics of the features, by the names of `Fusion.standard`'s buffers.
         samples: number of samples on which they were compared.
         folds: number of folds of the cross-validation; 0 without.
+        reading: cross-attention, scored on the validation split; None if it was not fitted.
     """
 
     fitted: list[Baseline]
     standard: Mapping[str, Tensor]
     samples: int
     folds: int
+    reading: Baseline | None = None
 
     @property
     def best(self) -> Baseline:
+        """`reading` if it exceeds `best_simple` on validation by more than noise, else that."""
+        simple, reading = self.best_simple, self.reading
+        return reading if reading and is_probably_better(reading.val_S, simple.val_S) else simple
+
+    @property
+    def best_simple(self) -> Baseline:
         """The baseline with the lowest loss among those whose score is within a standard error of the best score.
 
         A difference within the noise of the score is decided by the loss, which is less noisy.
@@ -164,35 +203,57 @@ class Baselines(NamedTuple):
         return min((one for one in self.fitted if one.score >= score - error), key=lambda one: one.loss)
 
     @property
-    def lowest_loss(self) -> Baseline:
-        """The baseline with the lowest loss. One that merely memorised the training split leaves nothing to learn there."""
-        return min(self.fitted, key=lambda one: one.loss)
+    def trained_from(self) -> Baseline:
+        """The baseline from which training starts: `reading` if it is the best, else the one with the lowest loss.
+
+        One that merely memorised the training split leaves nothing to learn there.
+        """
+        return self.best if self.best is self.reading else min(self.fitted, key=lambda one: one.loss)
 
     def summary(self) -> str:
         """A sentence for the user: the chosen baseline and the scores of all."""
         how = f"{self.folds}-fold cross-validation and validation" if self.folds else "validation"
-        others = ", ".join(f"{one.name} {percent(one.score)}" for one in self.fitted if one is not self.best)
-        text = f"step 0 is the best model on frozen features by {how}: {self.best.name}, {percent(self.best.score)} ({others})"
-        if any(one.score > self.best.score for one in self.fitted):
+        simple = self.best_simple
+        others = ", ".join(f"{one.name} {percent(one.score)}" for one in self.fitted if one is not simple)
+        text = f"step 0 is the best model on frozen features by {how}: {simple.name}, {percent(simple.score)} ({others})"
+        if any(one.score > simple.score for one in self.fitted):
             text += "; among scores within a standard error of the best, the lowest loss decides"
-        trained = self.lowest_loss
+        if self.reading:
+            chosen = "step 0 is therefore" if self.best is self.reading else "not better by more than noise:"
+            scores = f"{percent(self.reading.val_score)} on validation, {simple.name} {percent(simple.val_score)}"
+            text += f"; {chosen} {self.reading.name} ({scores})"
+        trained = self.trained_from
         return text if trained is self.best else f"{text}; training starts from {trained.name}, which has the lowest loss"
 
     def facts(self) -> dict[str, Any]:
         """Plain values, as in ``start.json``."""
         table = [{"name": one.name, "score": one.score, "loss": one.loss} for one in self.fitted]
-        chosen = {"best": self.best.name, "trained_from": self.lowest_loss.name}
-        return {**chosen, "samples": self.samples, "folds": self.folds, "baselines": table}
+        chosen = {"best": self.best.name, "trained_from": self.trained_from.name}
+        facts = {**chosen, "samples": self.samples, "folds": self.folds, "baselines": table}
+        if self.reading is None:
+            return facts
+        reading, simple = self.reading, self.best_simple
+        compared = {"score": reading.val_score, "best_other": simple.val_score, "samples": len(reading.val_S)}
+        errors = difference_in_errors(reading.val_S, simple.val_S)
+        return {**facts, "cross_attention": {"name": reading.name, **compared, "standard_errors": errors}}
 
 
 def fit_baselines(
-    train: Fold, val: Fold, how: FitSettings, network: NetworkSettings | None, advance: Advance, *, seed: int
+    train: Fold,
+    val: Fold,
+    how: FitSettings,
+    network: NetworkSettings | None,
+    advance: Advance,
+    *,
+    seed: int,
+    reading: ReadingSettings | None = None,
 ) -> Baselines:
     """Fit and compare the baselines on features of all sides.
 
     Args:
         network: settings of the MLP; None for no MLP.
         seed: of the folds.
+        reading: settings of the cross-attention, which also needs the tokens of both splits; None for none.
     """
     comparison = _Comparison(train, val, how, seed)
     sides = comparison.sides
@@ -203,4 +264,6 @@ def fit_baselines(
     if network is not None:
         fitted.append(comparison.network(network, advance))
     folds = len(comparison.pairs) - 1
-    return Baselines(fitted, standard_state(comparison.known), len(comparison.actual), folds)
+    has_tokens = train.tokens is not None and val.tokens is not None
+    read = comparison.reading(reading, advance) if reading is not None and has_tokens else None
+    return Baselines(fitted, standard_state(comparison.known), len(comparison.actual), folds, read)

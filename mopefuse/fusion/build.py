@@ -56,7 +56,8 @@ class OtherSettings(TypedDict, total=False):
     tune: Literal["probe", "prompt", "lora", "full"]  # how encoders are trained with methods except "conditional"
     head_hidden: int  # width of a hidden layer in the head; 0 for a linear head
     head_norm: Literal["layer", "none"]  # whether pooled features are normalised before the head
-    head_features: Literal["main", "all"]  # "all": the head takes the features of all encoders, not only of the main one
+    head_dropout: float  # probability with which hidden units of the head of "conditional" are dropped in training mode
+    head_features: Literal["main", "all", "tokens"]  # what the head takes; "tokens" adds cross-attention to "all" features
     warm_start: Literal["none", "linear", "auto"]  # other than "none": `mopefuse.train` fits the head first
     either: bool  # whether to add a head for samples without the main modality
     compat: Literal["none", "paper", "official"]  # defaults of the papers, or of their released code

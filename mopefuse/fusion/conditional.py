@@ -26,18 +26,20 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mopefuse.config.method_settings import MLP
+from mopefuse.config.method_settings import MLP, CrossAttention
 from mopefuse.config.schema import Prompts, RunConfig
-from mopefuse.core.error_codes import ConfigCode, EncoderCode
+from mopefuse.core.error_codes import ConfigCode
 from mopefuse.core.precision import apply_without_autocast, normalize_feature, to_float32
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Prefix
-from mopefuse.errors import ConfigError, EncoderError
+from mopefuse.errors import ConfigError
 from mopefuse.fusion._static_prompts import build_static_stack, initial_bound
 from mopefuse.fusion.base import Fusion, Output
-from mopefuse.fusion.baselines import Weights, fit_baselines
-from mopefuse.fusion.mlp_fit import Network, NetworkSettings
+from mopefuse.fusion.baselines import Model, fit_baselines
+from mopefuse.fusion.mlp_fit import NetworkSettings
 from mopefuse.fusion.regression import Advance, FitSettings, Fitted, Fold, fit_heads
+from mopefuse.fusion.token_reader import TokenReader
+from mopefuse.fusion.token_reader_fit import Reading, ReadingSettings
 from mopefuse.fusion.wide_head import WideHead, head_state
 from mopefuse.prompts.resampler import ConditionTokens
 from mopefuse.prompts.stack import PromptStack, fill_prompt_lengths
@@ -73,10 +75,20 @@ class ConditionalFusion(Fusion):
         r"^stack\..*gate_H$": "gates",
         r"^comp\d*_stack\.": "complementary prompts",
         r"^head_comp\.": "head of the complementary side alone",
+        r"^reader\.": "cross-attention",
         **Fusion.parts,
     }
 
-    sections: ClassVar[tuple[str, ...]] = ("warm_start", "head_features", "prompts", "router", "comp_tuning", "mlp")
+    sections: ClassVar[tuple[str, ...]] = (
+        "warm_start",
+        "head_features",
+        "head_dropout",
+        "prompts",
+        "router",
+        "comp_tuning",
+        "mlp",
+        "cross_attention",
+    )
     dependencies: ClassVar[dict[str, str]] = {
         **Fusion.dependencies,
         r"^stack\.layers\.": "main",
@@ -87,6 +99,8 @@ class ConditionalFusion(Fusion):
         r"^stack\.trunks\.(\w+)\.0\.": r"\1 features",
         r"^stack\.resamplers\.(\w+)\.(?:trunk\.0\.|absent_C)": r"\1 features",
         r"^(comp\d*)_stack\.": r"\1",
+        r"^reader\.query\.(\w+)\.": r"\1 features",
+        r"^reader\.(norm|key|value)\.": "main",
     }
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
@@ -113,9 +127,16 @@ class ConditionalFusion(Fusion):
         if self.starts_fitted:
             self.standardise_features()
         width = sum(self.encoder(side).feature_width for side in self.head_sides)
+        self.reader: TokenReader | None = None
+        if config.head_features == "tokens":
+            attention, token_width = config.cross_attention, main.require_tokens(fix="use --head-features all")
+            self.reader = TokenReader(attention, token_width, widths)
+            width += attention.queries * attention.width
         self.head: nn.Module = nn.Linear(width, num_labels)
         if config.head_hidden:
-            self.head = WideHead(width, config.head_hidden, num_labels, config.mlp.dropout)
+            dropout = config.mlp.dropout if config.head_dropout is None else config.head_dropout
+            self.head = WideHead(width, config.head_hidden, num_labels, dropout)
+        self.tokens_to_fit = ("main",) if self.reader and config.head_hidden and warm_start_of(config) == "auto" else ()
         self.head_comp = self.make_head(sum(widths.values()), num_labels) if config.either else None
         uses_comp = self.stack.conditional or len(self.head_sides) > 1 or self.head_comp is not None
         if not uses_comp and config.comp_tuning.mode != "frozen":
@@ -145,12 +166,8 @@ class ConditionalFusion(Fusion):
         Raises:
             EncoderError: one of them does not provide its tokens.
         """
-        widths = {side: self.encoder(side).token_width for side in self.comps}
-        for side in (side for side, width in widths.items() if not width):
-            what = f"{self.encoder(side).spec} does not provide its tokens"
-            fix = "use --condition pooled, or a different encoder as --comp"
-            raise EncoderError(EncoderCode.TOKEN_WIDTH_UNKNOWN, what, where="--condition tokens", fix=fix)
-        return widths
+        where, fix = "--condition tokens", "use --condition pooled, or a different encoder as --comp"
+        return {side: self.encoder(side).require_tokens(fix=fix, where=where) for side in self.comps}
 
     def _set_up_tuning(self, side: str, gate: Literal["none", "zero"]) -> None:
         """Make a complementary encoder trainable according to `comp_tuning`."""
@@ -178,7 +195,7 @@ class ConditionalFusion(Fusion):
     @property
     def head_sides(self) -> tuple[str, ...]:
         """The main encoder alone; every side with a warm start or with `head_features` all."""
-        return self.uses if self.standard is not None or self.config.head_features == "all" else ("main",)
+        return self.uses if self.standard is not None or self.config.head_features != "main" else ("main",)
 
     @property
     def heads(self) -> dict[str, tuple[str, ...]]:
@@ -186,9 +203,10 @@ class ConditionalFusion(Fusion):
         return super().heads | ({} if self.head_comp is None else {"head_comp": self.comps})
 
     def unused_sections(self) -> list[str]:
-        """List changed sections without effect: `linear` only without a warm start, `mlp` without a hidden layer."""
+        """List changed sections without effect, such as `linear` without a warm start."""
         unused = [section for section in super().unused_sections() if section != "linear" or self.standard is None]
-        return unused + (["mlp"] if self.config.mlp != MLP() and not self.config.head_hidden else [])
+        unused += ["mlp"] if self.config.mlp != MLP() and not self.config.head_hidden else []
+        return unused + (["cross_attention"] if self.config.cross_attention != CrossAttention() and not self.reader else [])
 
     @classmethod
     def resolve(cls, config: RunConfig, encoders: Mapping[str, Encoder]) -> RunConfig:
@@ -202,13 +220,16 @@ class ConditionalFusion(Fusion):
         if main.widths:
             prompts = fill_prompt_lengths(prompts, main.modality)
             prompts = prompts.model_copy(update={"init": prompts.init or initial_bound(main)})
+        features = config.head_features or ("tokens" if main.token_width else "all")
         router = config.router
         if router.lr_factor is None:
             router = router.model_copy(update={"lr_factor": _router_lr_factor(config, encoders)})
-        return config.model_copy(update={"prompts": prompts, "router": router})
+        return config.model_copy(update={"prompts": prompts, "router": router, "head_features": features})
 
     def learning_rate_group(self, name: str) -> str:
         """See `Fusion.learning_rate_group`."""
+        if name.startswith("reader."):
+            return "head"
         return "router" if name.startswith("stack.router.") else super().learning_rate_group(name)
 
     @property
@@ -228,14 +249,20 @@ class ConditionalFusion(Fusion):
             regression = (fitted.state.pop("head.weight"), fitted.state.pop("head.bias"))
             return fitted._replace(state=fitted.state | self._head_state(regression))
         network = NetworkSettings(config.head_hidden, config.mlp.dropout, config.seed) if config.head_hidden else None
-        found = fit_baselines(train, val, how, network, advance, seed=config.seed)
+        reading = None
+        if self.tokens_to_fit and network is not None:
+            reading = ReadingSettings(config.cross_attention, self.encoder("main").token_width, network)
+        found = fit_baselines(train, val, how, network, advance, seed=config.seed, reading=reading)
         state = {**found.standard, **self._head_state(found.best.model)}
-        differs = found.lowest_loss is not found.best
-        train_from = self._head_state(found.lowest_loss.model) if differs else {}
+        differs = found.trained_from is not found.best
+        train_from = self._head_state(found.trained_from.model) if differs else {}
         return Fitted(state, found.summary(), train_from, found.facts())
 
-    def _head_state(self, model: Network | Weights) -> dict[str, Tensor]:
-        return {f"head.{name}": value for name, value in head_state(self.head, model).items()}
+    def _head_state(self, model: Model) -> dict[str, Tensor]:
+        reader: dict[str, Tensor] = {}
+        if isinstance(model, Reading):
+            reader, model = {f"reader.{name}": value for name, value in model.reader.items()}, model.network
+        return reader | {f"head.{name}": value for name, value in head_state(self.head, model).items()}
 
     def psi(self, side: str, batch: Batch) -> Tensor:
         """Pooled feature of a complementary encoder, (B, C)."""
@@ -273,9 +300,14 @@ class ConditionalFusion(Fusion):
         conditions_BC = {side: self.replace_missing(side, normalize_feature(psi), batch) for side, psi in psi_BC.items()}
         conditioned = self.stack.condition(conditions_BC, tokens) if len(self.stack.layers) else None
         start = self.start_of_main(batch)
-        pooled_BC = self.encoder("main").encode(batch.inputs["main"], conditioned, start=start).pooled_BC
-        features = (pooled_BC,) if len(self.head_sides) == 1 else (pooled_BC, *psi_BC.values())
-        logits_BN = self.classify(*features, batch=batch)
+        encoded = self.encoder("main").encode(batch.inputs["main"], conditioned, start=start)
+        pooled = (encoded.pooled_BC,) if len(self.head_sides) == 1 else (encoded.pooled_BC, *psi_BC.values())
+        features = self.normalise(*pooled, batch=batch)
+        if self.reader is not None:
+            queried = dict(zip(self.comps, features[1:], strict=True))
+            read_BX = self.reader(queried, normalize_feature(encoded.tokens_BLD), encoded.mask_BL)
+            features = (*features, to_float32(read_BX))
+        logits_BN = apply_without_autocast(self.head, torch.cat(features, dim=-1))
         alone_BN = None
         if self.head_comp is not None:
             alone_BN = apply_without_autocast(self.head_comp, torch.cat(list(conditions_BC.values()), dim=-1))

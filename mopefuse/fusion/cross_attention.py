@@ -14,54 +14,13 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from mopefuse.config.method_settings import CrossAttention as Settings
 from mopefuse.config.schema import RunConfig
-from mopefuse.core.error_codes import EncoderCode
-from mopefuse.core.precision import apply_in_own_type, apply_without_autocast, to_float32
+from mopefuse.core.precision import apply_without_autocast, to_float32
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder
-from mopefuse.errors import EncoderError
 from mopefuse.fusion.base import Fusion, Output
-
-
-class TokenReader(nn.Module):
-    """Reads tokens by multi-head attention with queries computed from psi.
-
-    Args:
-        token_width: D. conditions: C of each complementary side.
-    """
-
-    def __init__(self, settings: Settings, token_width: int, conditions: Mapping[str, int]) -> None:
-        super().__init__()
-        width = settings.width
-        self.heads, self.dropout = settings.heads, settings.dropout
-        self.norm = nn.LayerNorm(token_width)
-        self.key, self.value = nn.Linear(token_width, width), nn.Linear(token_width, width)
-        self.query = nn.ModuleDict({side: nn.Linear(size, width, bias=False) for side, size in conditions.items()})
-        self.offset_QW = nn.Parameter(torch.randn(settings.queries, width) / 2)  # about as large as a projected psi
-
-    def forward(self, psi_BC: Mapping[str, Tensor], tokens_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
-        """Read the tokens where `mask_BL` is True, with all queries: (B, X).
-
-        Args:
-            psi_BC: standardised feature of each complementary side.
-        """
-        normed_BLD = apply_in_own_type(self.norm, tokens_BLD)
-        k_BHLE, v_BHLE = (self._split(apply_in_own_type(project, normed_BLD)) for project in (self.key, self.value))
-        asked_BW = torch.stack([apply_in_own_type(self.query[side], feature) for side, feature in psi_BC.items()]).sum(dim=0)
-        q_BHQE = self._split(asked_BW[:, None] + self.offset_QW).to(k_BHLE.dtype)
-        mask_B11L = None if mask_BL is None else mask_BL[:, None, None]
-        dropout = self.dropout if self.training else 0.0
-        read_BHQE = F.scaled_dot_product_attention(q_BHQE, k_BHLE, v_BHLE, attn_mask=mask_B11L, dropout_p=dropout)
-        return F.dropout(read_BHQE.transpose(1, 2).flatten(1), self.dropout, self.training)
-
-    def _split(self, x_BXW: Tensor) -> Tensor:
-        """Split the last dimension into heads: (B, H, X, E)."""
-        split_BHXE: Tensor = x_BXW.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return split_BHXE
+from mopefuse.fusion.token_reader import TokenReader
 
 
 class CrossAttention(Fusion):
@@ -92,13 +51,11 @@ class CrossAttention(Fusion):
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
         main, settings = self.encoder("main"), config.cross_attention
-        if not main.token_width:
-            what = f"{main.spec} does not provide its tokens"
-            raise EncoderError(EncoderCode.TOKEN_WIDTH_UNKNOWN, what, fix="use it as --comp instead, or use --method mlp")
+        token_width = main.require_tokens(fix="use it as --comp instead, or use --method mlp")
         self.frozen, self.reads_tokens = self.uses, ("main",)
         self.add_optional_missing_embeddings()
         self.reader = TokenReader(
-            settings, main.token_width, {side: self.encoder(side).feature_width for side in self.uses[1:]}
+            settings, token_width, {side: self.encoder(side).feature_width for side in self.uses[1:]}
         )
         width = self.standardise_features() + settings.queries * settings.width
         self.head = self.make_head(width, num_labels, settings.dropout)

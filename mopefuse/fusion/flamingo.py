@@ -18,12 +18,10 @@ from torch import Tensor, nn
 
 from mopefuse.config.method_settings import Flamingo as Settings
 from mopefuse.config.schema import RunConfig
-from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.precision import apply_in_own_type
 from mopefuse.data.base import Batch
 from mopefuse.encoders.attention import split_heads
 from mopefuse.encoders.base import Encoder, EncoderOutput, Prompt, run_frozen
-from mopefuse.errors import EncoderError
 from mopefuse.fusion.base import Fusion, Output
 from mopefuse.fusion.collator import Requirements
 from mopefuse.prompts.stack import select_layers
@@ -164,12 +162,8 @@ class Flamingo(Fusion):
         self.resamplers = nn.ModuleDict()
         for side in self.comps:
             comp = self.encoder(side)
-            if not comp.token_width:
-                what = f"{comp.spec} does not provide its tokens"
-                raise EncoderError(
-                    EncoderCode.TOKEN_WIDTH_UNKNOWN, what, fix="use a different encoder, or --method conditional"
-                )
-            self.resamplers[side] = Resampler(settings, comp.token_width)
+            width = comp.require_tokens(fix="use a different encoder, or --method conditional")
+            self.resamplers[side] = Resampler(settings, width)
         chosen = select_layers(config.prompts.layers, len(main.widths))
         self.layers = nn.ModuleDict({str(layer): GatedLayer(settings, main.widths[layer]) for layer in chosen})
         self.prefix_layers = {"main": chosen[0]} if chosen and chosen[0] else {}

@@ -12,10 +12,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 
 from mopefuse.config.schema import RunConfig
-from mopefuse.core.error_codes import EncoderCode
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, InsertedTokens
-from mopefuse.errors import EncoderError
 from mopefuse.fusion._inserting import InsertingFusion
 from mopefuse.fusion._text_and_image import text_and_image_sides
 
@@ -47,11 +45,7 @@ class MMBT(InsertingFusion):
 
     def source_width(self) -> int:
         """Width C of the image tokens, which differs from the feature's if the encoder projects its pooled output."""
-        encoder = self.encoder(self.source)
-        if not encoder.token_width:
-            what = f"{encoder.spec} does not provide its tokens"
-            raise EncoderError(EncoderCode.TOKEN_WIDTH_UNKNOWN, what, fix="use an image encoder of timm:, hf: or tiny:")
-        return encoder.token_width
+        return self.encoder(self.source).require_tokens(fix="use an image encoder of timm:, hf: or tiny:")
 
     def build_insert(self, batch: Batch) -> InsertedTokens:
         """Pool the image tokens to M tokens and project them."""

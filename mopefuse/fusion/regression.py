@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mopefuse.config.method_settings import Linear
 from mopefuse.core.error_codes import NumericCode
 from mopefuse.core.precision import to_float32
-from mopefuse.data.collate import FeatureTable
+from mopefuse.data.collate import FeatureTable, TokenSource
 from mopefuse.errors import NumericError
 from mopefuse.fusion._design_matrix import Design, Side, row_blocks, statistics
 from mopefuse.fusion._logistic import LogisticRegression, Sigmoids, Softmax
@@ -41,6 +41,17 @@ class Targets(Protocol):
         """Return the targets (B,) or (B, N) of some rows."""
 
 
+class _SomeTokens(NamedTuple):
+    """The tokens of some samples of a `TokenSource`."""
+
+    source: TokenSource
+    index_S: Tensor
+
+    def __getitem__(self, index_B: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """Return the tokens of some of these samples."""
+        return self.source[self.index_S[index_B]]
+
+
 class Fold(NamedTuple):
     """Features and targets of a split.
 
@@ -48,16 +59,20 @@ class Fold(NamedTuple):
         features: pooled features (S, C) by side.
         targets: class indices (S,), or zeros and ones (S, N).
         missing: for each side that some sample lacks, which samples (S,) lack it.
+        tokens: normalised output tokens of the main encoder, if they are cached.
     """
 
     features: Mapping[str, FeatureTable]
     targets: Targets
     missing: Mapping[str, Tensor] = {}
+    tokens: TokenSource | None = None
 
     def rows(self, index_S: Tensor) -> Fold:
         """Select some samples; their features are copied into memory."""
         features = {side: table[index_S] for side, table in self.features.items()}
-        return Fold(features, self.targets[index_S], {side: missing_S[index_S] for side, missing_S in self.missing.items()})
+        missing = {side: missing_S[index_S] for side, missing_S in self.missing.items()}
+        tokens = None if self.tokens is None else _SomeTokens(self.tokens, index_S)
+        return Fold(features, self.targets[index_S], missing, tokens)
 
     def statistics(self, side: str) -> dict[str, Tensor]:
         """Compute the buffers of `Standard` over the samples that have the side.
@@ -98,6 +113,7 @@ class FitSettings(NamedTuple):
     balanced: bool
     settings: Linear
     class_weights: Tensor | None = None
+    device: torch.device = torch.device("cpu")
 
 
 class Fitted(NamedTuple):
@@ -213,6 +229,13 @@ def score(logits_SN: Tensor, actual: Tensor, how: FitSettings) -> float:
     thresholds = _thresholds(logits_SN, actual, how)
     found = metrics.compute(logits_SN, actual, multi_label=how.multi_label, thresholds=thresholds)
     return found[selected_metric(multi_label=how.multi_label)]
+
+
+def score_by_sample(logits_SN: Tensor, actual: Tensor, how: FitSettings) -> Tensor:
+    """Score each sample (S,), see `mopefuse.metrics.classification.Tally.by_sample`."""
+    tally = metrics.Tally(*logits_SN.shape, multi_label=how.multi_label)
+    tally.add(torch.arange(len(logits_SN)), logits_SN, actual, _thresholds(logits_SN, actual, how))
+    return tally.by_sample()
 
 
 def _thresholds(logits_SN: Tensor, val: Tensor, how: FitSettings) -> metrics.Thresholds:

@@ -53,5 +53,11 @@ def head_state(head: nn.Module, start: Network | tuple[Tensor, Tensor]) -> dict[
     zeros = {name: torch.zeros_like(value) for name, value in head.state_dict().items() if not name.startswith("hidden")}
     if isinstance(start, Network):
         names = ("hidden.weight", "hidden.bias", "output.weight", "output.bias")
-        return zeros | dict(zip(names, start, strict=True))
-    return zeros | {"linear.weight": start[0], "linear.bias": start[1]}
+        state = dict(zip(names, start, strict=True))
+    else:
+        state = {"linear.weight": start[0], "linear.bias": start[1]}
+    for name in ("linear.weight", "hidden.weight"):
+        if name in state:
+            missing = zeros["linear.weight"].shape[1] - state[name].shape[1]
+            state[name] = F.pad(state[name], (0, missing))
+    return zeros | state

@@ -13,9 +13,9 @@ _ERRORS = 2.576
 """Standard errors that a difference without a cause exceeds in one of two hundred comparisons: with ten validations a run, in
 one of twenty runs."""
 LASTING = 3
-_LASTING_ERRORS = 1.645
-"""Standard errors that the average over `LASTING` validations in a row must exceed. If the validations of a run agree with
-each other, a difference without a cause does so in one of twenty runs."""
+_SINGLE_ERRORS = 1.645
+"""Standard errors that a difference without a cause exceeds in one of twenty comparisons. The average over `LASTING`
+validations in a row must exceed it: if the validations of a run agree with each other, that is in one of twenty runs."""
 _HIGHEST = 1e6  # of a difference that is the same for all samples, and has no standard error
 
 
@@ -43,4 +43,13 @@ def exceeds_noise(differences: Sequence[float]) -> bool:
         differences: `difference_in_errors` of successive validations.
     """
     lasting = differences[-LASTING:]
-    return differences[-1] > _ERRORS or (len(lasting) == LASTING and sum(lasting) / LASTING > _LASTING_ERRORS)
+    return differences[-1] > _ERRORS or (len(lasting) == LASTING and sum(lasting) / LASTING > _SINGLE_ERRORS)
+
+
+def is_probably_better(score_S: Tensor, baseline_S: Tensor) -> bool:
+    """Whether a model is better than another in a single comparison, by more than chance gives in one of twenty.
+
+    Args:
+        score_S, baseline_S: see `difference_in_errors`.
+    """
+    return difference_in_errors(score_S, baseline_S) > _SINGLE_ERRORS

@@ -47,6 +47,12 @@ def _start(facts: RunFacts) -> str:
         others = ", ".join(f"{one['name']} {percent(one['score'])}" for one in start["baselines"])
         held_out = f"{start['samples']:,} held-out samples"
         text = f"Step 0 is the best of these models on the frozen features, compared on {held_out}: {others}."
+        if read := start.get("cross_attention"):
+            compared = f"{percent(read['score'])} on validation, the best of the others {percent(read['best_other'])}"
+            better = start["best"] == read["name"]
+            verdict = "It is step 0" if better else f"That is not better by more than noise, so step 0 is {start['best']}"
+            models = f"Models on the frozen pooled features, compared on {held_out}: {others}."
+            text = f"{models} {read['name'].capitalize()}: {compared}. {verdict}."
     else:
         text = "Step 0 is a logistic regression on the features of the frozen encoders."
     if facts.step == 0:

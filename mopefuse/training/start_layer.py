@@ -108,8 +108,11 @@ def _compute(model: Fusion, data: DataSet, config: RunConfig, device: torch.devi
         encoder = model.encoder(side)
         for split in SPLITS:
             advance = partial(listener.on_data_progress, f"{encoder.spec.name} on {split}")
-            pooled = side in (model.standard or ())  # for the initial weights, see `mopefuse.training.warm_start`
-            found = split_prefixes(encoder, layer, data, split, config, device, pooled=pooled, advance=advance)
+            # pooled features and tokens are for the initial weights, see `mopefuse.training.warm_start`
+            pooled, tokens = side in (model.standard or ()), side in model.tokens_to_fit
+            found = split_prefixes(
+                encoder, layer, data, split, config, device, pooled=pooled, tokens=tokens, advance=advance
+            )
             tables[split][side] = found
             what = f"the first {layer} of {len(encoder.widths)} layers of {encoder.spec} ran once"
             how_many = f"{found.different:,} distinct {get_modality(encoder.modality).plural}"

@@ -17,6 +17,7 @@ from mopefuse.core.artifact import dump_json, read_json
 from mopefuse.core.atomic_files import write_atomically
 from mopefuse.data.collate import FeatureTable
 from mopefuse.data.feature_cache import split_features
+from mopefuse.data.token_cache import TokenTable, split_tokens
 from mopefuse.fusion.regression import FitSettings, Fold, standard_state
 from mopefuse.training.trainer import Start, Trainer
 
@@ -67,6 +68,7 @@ def _settings(trainer: Trainer) -> FitSettings:
         balanced=config.train.class_weights == "balanced",
         settings=config.linear,
         class_weights=None if weights is None else weights.cpu(),
+        device=trainer.device,
     )
 
 
@@ -82,4 +84,14 @@ def _fold(trainer: Trainer, split: str) -> Fold:
             table = split_features(encoder, trainer.data, split, trainer.config, trainer.device, advance=advance)
         features[side] = table
     missing = {side: torch.from_numpy(samples.lacking[side]) for side in features if side in samples.lacking}
-    return Fold(features, trainer.data.sparse_targets(split), missing)
+    return Fold(features, trainer.data.sparse_targets(split), missing, _tokens(trainer, split))
+
+
+def _tokens(trainer: Trainer, split: str) -> TokenTable | None:
+    """The output tokens of the main encoder, if `fit` takes them and they can be cached."""
+    if "main" not in trainer.model.tokens_to_fit:
+        return None
+    encoder = trainer.model.encoder("main")
+    advance = partial(trainer.listener.on_data_progress, f"{encoder.spec.name} on {split}")
+    found = split_tokens(encoder, trainer.data, split, trainer.config, trainer.device, advance=advance)
+    return None if isinstance(found, str) else found
