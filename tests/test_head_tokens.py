@@ -147,3 +147,11 @@ def test_without_space_for_tokens_only_the_pooled_features_are_compared(
     assert call("train", *SPECS, "--data", data, "--out", tmp_path / "run", "--epochs", 0, *limit).returncode == 0
     facts = json.loads((tmp_path / "run" / "start.json").read_text(encoding="utf-8"))
     assert "cross_attention" not in facts and len(facts["baselines"]) == 5
+
+
+def test_a_linear_head_starts_as_a_regression_that_ignores_the_tokens(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert call("train", *SPECS, "--data", data, "--out", out, "--epochs", 0, "--head-hidden", 0).returncode == 0
+    weights = read_tensors(RunFolder(out).checkpoint()[0] / "weights.safetensors")
+    assert weights["head.weight"].shape[1] > 192 and not weights["head.weight"][:, 192:].any()
+    assert weights["head.weight"][:, :192].any() and "reader.key.weight" in weights

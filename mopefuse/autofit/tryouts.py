@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from mopefuse.autofit.candidates import NETWORKS, REGRESSIONS, Candidate
+from mopefuse.autofit.candidates import NETWORKS, REGRESSIONS, TRAINED, Candidate
 from mopefuse.autofit.context import Context
 from mopefuse.autofit.cross_validation import (
     FoldClock,
@@ -149,11 +149,14 @@ def try_trained(context: Context, candidate: Candidate, leader: str) -> None:
 
 
 def _start_seconds(context: Context, candidate: Candidate) -> float:
-    """Estimate how long the warm start of a candidate takes: it fits the same regressions and the first MLP again."""
+    """Estimate how long the warm start of a candidate takes.
+
+    It fits the same regressions, the first MLP and cross-attention again.
+    """
     if "warm_start" not in candidate.changes:
         return 0.0
     entries = context.folder.entries
-    return sum(entries[one.name].seconds for one in (*REGRESSIONS, NETWORKS[0]) if one.name in entries)
+    return sum(entries[one.name].seconds for one in (*REGRESSIONS, NETWORKS[0], TRAINED[0]) if one.name in entries)
 
 
 def _listener(context: Context, leader: str) -> CandidateListener:

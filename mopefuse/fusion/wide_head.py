@@ -40,24 +40,18 @@ class WideHead(nn.Module):
 def head_state(head: nn.Module, start: Network | tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """Compute the parameters with which a head equals a regression or an MLP.
 
-    Of a `WideHead` that starts as a regression, the hidden layer keeps its random weights and its output is 0.
+    Weights of features that the head takes in addition, after those of `start`, are 0. Of a `WideHead` that starts as a
+    regression, the hidden layer keeps its random weights and its output is 0.
 
     Args:
         head: a linear layer or a `WideHead`.
         start: a network, or weight (N, F) and bias (N,) of a regression.
     """
-    if isinstance(head, nn.Linear):
-        assert not isinstance(start, Network)
-        return {"weight": start[0], "bias": start[1]}
-    assert isinstance(head, WideHead)
-    zeros = {name: torch.zeros_like(value) for name, value in head.state_dict().items() if not name.startswith("hidden")}
-    if isinstance(start, Network):
-        names = ("hidden.weight", "hidden.bias", "output.weight", "output.bias")
-        state = dict(zip(names, start, strict=True))
-    else:
-        state = {"linear.weight": start[0], "linear.bias": start[1]}
-    for name in ("linear.weight", "hidden.weight"):
-        if name in state:
-            missing = zeros["linear.weight"].shape[1] - state[name].shape[1]
-            state[name] = F.pad(state[name], (0, missing))
-    return zeros | state
+    state = {name: torch.zeros_like(value) for name, value in head.state_dict().items() if not name.startswith("hidden")}
+    linear = "linear." if isinstance(head, WideHead) else ""
+    names = ("hidden.weight", "hidden.bias", "output.weight", "output.bias")
+    state |= zip(names if isinstance(start, Network) else (f"{linear}weight", f"{linear}bias"), start, strict=True)
+    width = head.state_dict()[f"{linear}weight"].shape[1]
+    for name in {f"{linear}weight", "hidden.weight"} & state.keys():
+        state[name] = F.pad(state[name], (0, width - state[name].shape[1]))
+    return state
