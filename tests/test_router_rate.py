@@ -76,7 +76,7 @@ def test_groups_for_an_optimizer_have_every_trained_parameter_once() -> None:
     assert {id(one) for group in groups for one in group["params"]} == {id(one) for one in model.trainable_parameters()}
     rate = {id(one): group["lr"] for group in groups for one in group["params"]}
     assert model.config.router.lr_factor is not None
-    expected = {"stack.router.": 1e-2 * model.config.router.lr_factor, "head.": 1e-3}
+    expected = {"stack.router.": 1e-2 * model.config.router.lr_factor, "head.": 1e-3, "reader.": 1e-3}
     for name, parameter in model.named_trainable_parameters().items():
         wanted = next((value for start, value in expected.items() if name.startswith(start)), 1e-2)
         assert rate[id(parameter)] == pytest.approx(wanted), name

@@ -313,10 +313,7 @@ class RunConfig(Section):
         0, ge=0, le=_WIDEST, description="width of a hidden layer in the head; 0: a linear head, as in the papers"
     )
     head_dropout: float | None = Field(
-        None,
-        ge=0,
-        lt=1,
-        description="dropout on the hidden layer of the head of conditional, in training; default: mlp.dropout",
+        None, ge=0, lt=1, description="dropout on the hidden layer of the head of conditional; default: mlp.dropout"
     )
     head_features: Literal["main", "all", "tokens"] | None = Field(
         "main",
