@@ -26,7 +26,7 @@ from mopefuse.metrics.label_loss import label_loss
 
 _LEARNING_RATE, _WEIGHT_DECAY = 3e-4, 1e-2  # the defaults of the method `cross-attention`
 _BATCH, _EVALUATION_BATCH = 32, 256
-_EPOCHS = 15
+_EPOCHS = 20
 _STEPS = (300, 10_000)  # on small data more epochs are needed, on large data fewer suffice
 _MIN_EPOCHS, _MAX_EPOCHS = 2, 100
 
