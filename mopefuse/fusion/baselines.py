@@ -13,7 +13,7 @@ Shapes: S samples, F features of all sides, N labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -126,13 +126,15 @@ class _Comparison:
         (train, val), name = self.pairs[-1], "cross-attention to the output tokens of main"
         actual = val.targets[torch.arange(len(val.targets))]
         rates = sorted({settings.attention.dropout, _MORE_DROPOUT})
-        scored: list[Baseline] = []
-        for done, dropout in enumerate(rates):
-            changed = settings._replace(attention=settings.attention.model_copy(update={"dropout": dropout}))
-            report = lambda share, done=done: advance(name, (done + share) / len(rates))  # noqa: E731
-            epochs = fit_reading(train, val, self.known, self.how, changed, report)
-            scored += (self._scored(name, model, [logits_SN], actual)[0] for model, logits_SN in epochs)
-        return min(scored, key=lambda one: one.loss)
+
+        def fit() -> Iterator[Baseline]:
+            for done, dropout in enumerate(rates):
+                changed = settings._replace(attention=settings.attention.model_copy(update={"dropout": dropout}))
+                report = lambda share, done=done: advance(name, (done + share) / len(rates))  # noqa: E731
+                for model, logits_SN in fit_reading(train, val, self.known, self.how, changed, report):
+                    yield self._scored(name, model, [logits_SN], actual)[0]
+
+        return min(fit(), key=lambda one: one.loss)
 
     def average(self, of: Sequence[tuple[Baseline, Tensor]]) -> Baseline:
         """Average the logits of regressions: the geometric mean of their probabilities, normalised."""
@@ -223,11 +225,12 @@ class Baselines(NamedTuple):
         how = f"{self.folds}-fold cross-validation and validation" if self.folds else "validation"
         simple = self.best_simple
         others = ", ".join(f"{one.name} {percent(one.score)}" for one in self.fitted if one is not simple)
-        text = f"step 0 is the best model on frozen features by {how}: {simple.name}, {percent(simple.score)} ({others})"
+        kind = "best model on pooled features" if self.best is self.reading else "step 0 is the best model on frozen features"
+        text = f"{kind} by {how}: {simple.name}, {percent(simple.score)} ({others})"
         if any(one.score > simple.score for one in self.fitted):
             text += "; among scores within a standard error of the best, the lowest loss decides"
         if self.reading:
-            chosen = "step 0 is therefore" if self.best is self.reading else "not better by more than noise:"
+            chosen = "step 0 is the better" if self.best is self.reading else "not better by more than noise:"
             scores = f"{percent(self.reading.val_score)} on validation, {simple.name} {percent(simple.val_score)}"
             text += f"; {chosen} {self.reading.name} ({scores})"
         trained = self.trained_from

@@ -7,8 +7,8 @@ the papers' inserted tokens (`gate: none`), or through a separate gated attentio
 * `head_features: all`: the head takes the pooled features of all encoders, and with `head_hidden` it is a linear layer plus an
   MLP of them. `tokens`: it also takes what cross-attention reads from the output tokens of the prompted main encoder.
 * `warm_start: auto`: simple models on the frozen features, and cross-attention to the frozen tokens, are compared
-  (`mopefuse.fusion.baselines`), and step 0 is the best of them. A later step is selected only if it is better on validation by more than noise. `linear` considers logistic
-  regression on all features only.
+  (`mopefuse.fusion.baselines`), and step 0 is the best of them. A later step is selected only if it is better on validation by
+  more than noise. `linear` considers logistic regression on all features only.
 * Several complementary encoders, each a separate condition. A modality that a sample lacks is replaced by a learned
   condition.
 * `condition: tokens`: the mapped prompt is computed from the output tokens of a complementary encoder, not from psi.
