@@ -55,8 +55,9 @@ def build(name: str) -> Fusion:
         sharpen(model.encoder("comp"))
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.trainable_parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=random))
+        for name, parameter in model.named_trainable_parameters().items():
+            scale = 0.1 if name.startswith(("head.", "reader.")) else 0.3  # with many inputs, 0.3 gives logits of about 100
+            parameter.add_(scale * torch.randn(parameter.shape, generator=random))
     return model.eval()
 
 
@@ -89,8 +90,7 @@ def test_onnx_predicts_like_the_model(name: str, tmp_path: Path) -> None:
         declared = {value.name for value in session.get_inputs()}
         found = session.run(None, {key: array for key, array in inputs.items() if key in declared})[0]
         assert found.shape == (batch, 5)
-        rounding = 1e-5 * np.abs(logits_BN).max()  # the random weights of the head give logits of about 100
-        assert np.abs(found - logits_BN).max() < TOLERANCE + rounding, (batch, wanted)
+        assert np.abs(found - logits_BN).max() < TOLERANCE, (batch, wanted)
         assert (found.argmax(axis=1) == logits_BN.argmax(axis=1)).all()
         seen.append(logits_BN[0])
     assert np.ptp(np.stack(seen), axis=0).max() > 100 * TOLERANCE, "the predictions are too similar to show differences"
