@@ -64,9 +64,13 @@ class NetworkSettings(NamedTuple):
 
 def epochs_for(samples: int) -> int:
     """Return the number of epochs for a training split of this size."""
-    per_epoch = max(1, -(-samples // _BATCH))
-    fewest, most = _STEPS
-    return min(_MAX_EPOCHS, max(_MIN_EPOCHS, max(fewest, min(most, _EPOCHS * per_epoch)) // per_epoch))
+    return epochs_within(samples, _BATCH, _EPOCHS, steps=_STEPS, limits=(_MIN_EPOCHS, _MAX_EPOCHS))
+
+
+def epochs_within(samples: int, batch: int, usual: int, *, steps: tuple[int, int], limits: tuple[int, int]) -> int:
+    """Return the usual number of epochs, changed so that steps are within bounds, and then epochs within limits."""
+    per_epoch = max(1, -(-samples // batch))
+    return min(limits[1], max(limits[0], max(steps[0], min(steps[1], usual * per_epoch)) // per_epoch))
 
 
 def fit_network(

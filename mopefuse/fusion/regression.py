@@ -41,17 +41,6 @@ class Targets(Protocol):
         """Return the targets (B,) or (B, N) of some rows."""
 
 
-class _SomeTokens(NamedTuple):
-    """The tokens of some samples of a `TokenSource`."""
-
-    source: TokenSource
-    index_S: Tensor
-
-    def __getitem__(self, index_B: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        """Return the tokens of some of these samples."""
-        return self.source[self.index_S[index_B]]
-
-
 class Fold(NamedTuple):
     """Features and targets of a split.
 
@@ -68,11 +57,10 @@ class Fold(NamedTuple):
     tokens: TokenSource | None = None
 
     def rows(self, index_S: Tensor) -> Fold:
-        """Select some samples; their features are copied into memory."""
+        """Select some samples, without their tokens; their features are copied into memory."""
         features = {side: table[index_S] for side, table in self.features.items()}
         missing = {side: missing_S[index_S] for side, missing_S in self.missing.items()}
-        tokens = None if self.tokens is None else _SomeTokens(self.tokens, index_S)
-        return Fold(features, self.targets[index_S], missing, tokens)
+        return Fold(features, self.targets[index_S], missing)
 
     def statistics(self, side: str) -> dict[str, Tensor]:
         """Compute the buffers of `Standard` over the samples that have the side.

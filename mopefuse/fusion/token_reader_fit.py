@@ -19,7 +19,7 @@ from mopefuse.config.method_settings import CrossAttention as Settings
 from mopefuse.core.precision import to_float32
 from mopefuse.data.collate import derive_seed
 from mopefuse.fusion._design_matrix import Design
-from mopefuse.fusion.mlp_fit import Network, NetworkSettings
+from mopefuse.fusion.mlp_fit import Network, NetworkSettings, epochs_within
 from mopefuse.fusion.regression import FitSettings, Fold
 from mopefuse.fusion.token_reader import TokenReader
 from mopefuse.metrics.label_loss import label_loss
@@ -54,9 +54,7 @@ class ReadingSettings(NamedTuple):
 
 def epochs_for(samples: int) -> int:
     """Return the number of epochs for a training split of this size."""
-    per_epoch = max(1, -(-samples // _BATCH))
-    fewest, most = _STEPS
-    return min(_MAX_EPOCHS, max(_MIN_EPOCHS, max(fewest, min(most, _EPOCHS * per_epoch)) // per_epoch))
+    return epochs_within(samples, _BATCH, _EPOCHS, steps=_STEPS, limits=(_MIN_EPOCHS, _MAX_EPOCHS))
 
 
 class _Model(nn.Module):
