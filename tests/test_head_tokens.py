@@ -55,13 +55,23 @@ def test_its_limit_is_the_method_cross_attention(main: str, comp: str, stack: di
         assert not torch.allclose(model(batch).logits, theirs, atol=1e-4)
 
 
-def test_it_is_the_default_for_an_encoder_with_tokens(data: Path) -> None:
+def test_it_is_the_default_for_an_encoder_with_tokens() -> None:
     model = mopefuse.build_fusion("tiny:vision", "tiny:text", 3)
     assert model.config.head_features == "tokens" and "cross-attention" in model.breakdown()
     papers = mopefuse.build_fusion("tiny:vision", "tiny:text", 3, compat="paper")
     assert papers.config.head_features == "main" and "cross-attention" not in papers.breakdown()
     with pytest.raises(ConfigError, match="head_features is tokens, which flamingo does not support"):
         mopefuse.build_fusion("tiny:vision", "tiny:text", 3, method="flamingo", head_features="tokens")
+
+
+def test_a_cache_too_small_for_tokens_is_noticed(data: Path, tmp_path: Path) -> None:
+    """Cross-attention is then not among the models of the warm start."""
+    small = ("--set", "data.cache_prefix_limit=1e-6", "--epochs", "1", "--cache-prefix", "off")
+    done = call("train", *SPECS, *map(str, ("--data", data, "--out", tmp_path / "run")), *small)
+    assert done.returncode == 0, done.stderr
+    wanted = "cross-attention is not among the models that are compared at the start, because the output tokens are not cached: they"
+    assert wanted in " ".join(done.stderr.split()) and "add --set data.cache_prefix_limit=" in done.stderr
+    assert "cross_attention" not in (tmp_path / "run" / "start.json").read_text()
 
 
 def only_cross_attention(monkeypatch: pytest.MonkeyPatch) -> None:

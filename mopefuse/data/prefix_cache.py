@@ -53,10 +53,12 @@ class PrefixComputation(Computation):
     ) -> None:
         super().__init__(*args, **options)
         self.layer = layer
-        self.others = {name: store for name, store in (("features", features), ("tokens", tokens)) if store is not None}
-        for store in self.others.values():
-            store.refresh()
-        self.others = {n: store for n, store in self.others.items() if not store.find(self.values_U).known_U.all()}
+        self.others: dict[str, FeatureStore] = {}
+        for name, store in (("features", features), ("tokens", tokens)):
+            if store is not None:
+                store.refresh()
+                if not store.find(self.values_U).known_U.all():
+                    self.others[name] = store
         self._waiting: dict[str, list[tuple[Values, Numbers]]] = {name: [] for name in self.others}
 
     def publish(self, rows: ComputedRows) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mopefuse.core.formatting import percent
 from mopefuse.report.baselines import command_for, majority_score
 from mopefuse.report.pages import Section, fragment
@@ -43,19 +45,21 @@ def _start(facts: RunFacts) -> str:
     if facts.config.warm_start == "none" or not isinstance(first, int | float) or not isinstance(chosen, int | float):
         return ""
     name, start = facts.main_metric.replace("_", " "), facts.result.get("start")
-    if start:
-        others = ", ".join(f"{one['name']} {percent(one['score'])}" for one in start["baselines"])
-        held_out = f"{start['samples']:,} held-out samples"
-        text = f"Step 0 is the best of these models on the frozen features, compared on {held_out}: {others}."
-        if read := start.get("cross_attention"):
-            compared = f"{percent(read['score'])} on validation, the best of the others {percent(read['best_other'])}"
-            better = start["best"] == read["name"]
-            verdict = "It is step 0" if better else f"That is not better by more than noise, so step 0 is {start['best']}"
-            models = f"Models on the frozen pooled features, compared on {held_out}: {others}."
-            text = f"{models} {read['name'].capitalize()}: {compared}. {verdict}."
-    else:
-        text = "Step 0 is a logistic regression on the features of the frozen encoders."
+    text = _compared(start) if start else "Step 0 is a logistic regression on the features of the frozen encoders."
     if facts.step == 0:
         kept = "No later step was better by more than noise, so it was kept."
         return f"{text} Its {name} on validation is {percent(first)}. {kept}"
     return f"{text} Its {name} on validation was {percent(first)}; that of step {facts.step:,} is {percent(chosen)}."
+
+
+def _compared(start: dict[str, Any]) -> str:
+    """Describe the models that were compared at the start of a run."""
+    others = ", ".join(f"{one['name']} {percent(one['score'])}" for one in start["baselines"])
+    held_out, read = f"{start['samples']:,} held-out samples", start.get("cross_attention")
+    if not read:
+        return f"Step 0 is the best of these models on the frozen features, compared on {held_out}: {others}."
+    compared = f"{percent(read['score'])} on validation, the best of the others {percent(read['best_other'])}"
+    chosen = start["best"]
+    verdict = "It is step 0" if chosen == read["name"] else f"That is not better by more than noise, so step 0 is {chosen}"
+    models = f"Models on the frozen pooled features, compared on {held_out}: {others}."
+    return f"{models} {read['name'].capitalize()}: {compared}. {verdict}."

@@ -94,4 +94,8 @@ def _tokens(trainer: Trainer, split: str) -> TokenTable | None:
     encoder = trainer.model.encoder("main")
     advance = partial(trainer.listener.on_data_progress, f"{encoder.spec.name} on {split}")
     found = split_tokens(encoder, trainer.data, split, trainer.config, trainer.device, advance=advance)
-    return None if isinstance(found, str) else found
+    if isinstance(found, str):
+        what = "cross-attention is not among the models that are compared at the start, because the output tokens are not cached"
+        trainer.listener.on_notice(f"{what}: {found}")
+        return None
+    return found
