@@ -156,8 +156,8 @@ def test_F_75_a_flipped_bit_in_any_file_of_an_adapter_is_detected(of_adapter: Ar
 # -- edited manifests
 
 
-DAMAGED = {"labels": 7, "multi_label": "no", "encoders": ["tiny:vision"], "plugins": True}
-NEEDED = ("mopefuse", "method", "labels", "multi_label", "encoders", "data")
+DAMAGED = {"labels": 7, "task": "no", "encoders": ["tiny:vision"], "plugins": True}
+NEEDED = ("mopefuse", "method", "labels", "task", "encoders", "data")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ NEEDED = ("mopefuse", "method", "labels", "multi_label", "encoders", "data")
         pytest.param("MF-CKPT-03", "the labels of the run", {"labels": ["a", "b", "d"]}, id="a label renamed"),
         pytest.param("MF-CKPT-03", "the labels of the run", {"labels": ["b", "a", "c"]}, id="labels permuted"),
         pytest.param("MF-CKPT-03", "the labels of the run", {"labels": ["a", "b"]}, id="fewer labels"),
-        pytest.param("MF-CKPT-03", "the multi_label of the run", {"multi_label": True}, id="several labels"),
+        pytest.param("MF-CKPT-03", "the task of the run", {"task": {"name": "multi-label"}}, id="several labels"),
         pytest.param("MF-CKPT-03", "the encoders of the run", {"encoders.main.spec": "tiny:vision-b"}, id="spec"),
         pytest.param("MF-CKPT-08", "expected 0123", {"encoders.main.fingerprint": "0123"}, id="fingerprint"),
         pytest.param("MF-CKPT-08", "expected None", {"encoders.comp.fingerprint": None}, id="no fingerprint"),

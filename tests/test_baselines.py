@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from tasks_of import MULTI, SINGLE
 from torch import Tensor
 
 from mopefuse.config.method_settings import CrossAttention, Linear
@@ -17,7 +18,7 @@ from mopefuse.fusion.regression import FitSettings, Fold
 from mopefuse.fusion.token_reader_fit import Reading, ReadingSettings, fit_reading
 from mopefuse.metrics.significance import difference_in_errors, exceeds_noise
 
-HOW = FitSettings(2, multi_label=False, threshold=0.5, balanced=False, settings=Linear(strengths=(0.01, 1.0)))
+HOW = FitSettings(2, SINGLE, threshold=0.5, balanced=False, settings=Linear(strengths=(0.01, 1.0)))
 NETWORK = NetworkSettings(hidden=64, dropout=0.0, seed=0)
 
 
@@ -119,7 +120,7 @@ def test_multi_label_data_and_class_weights_are_supported() -> None:
     table = torch.randn(1000, 4, generator=draw)
     targets = (torch.stack([table[:, 0] > 0, table[:, 1] * table[:, 2] > 0, table[:, 3] > 1], dim=1)).float()
     both = Fold({"main": table, "comp": table.flip(1)}, targets)
-    how = FitSettings(3, multi_label=True, threshold="tuned", balanced=True, settings=HOW.settings)
+    how = FitSettings(3, MULTI, threshold="tuned", balanced=True, settings=HOW.settings)
     found = fit_baselines(both, both.rows(torch.arange(500)), how, NETWORK, lambda what, share: None, seed=0)
     assert found.best.name.startswith("MLP") and found.best.score > 0.8
 

@@ -10,8 +10,8 @@ import torch
 from scipy import stats
 from scipy.sparse import csr_array
 from sklearn.metrics import f1_score
+from tasks_of import MULTI, SINGLE
 
-from mopefuse.metrics import classification as metrics
 from mopefuse.metrics.bootstrap import METRICS, Outcome, difference, draw_resamples
 
 LABELS = 5
@@ -39,7 +39,7 @@ def multi(samples: int, noise: float, seed: int) -> Outcome:
 def test_without_resampling_a_metric_equals_that_of_training(metric: str) -> None:
     run = single(80, 0.5, 1)
     logits, targets = torch.from_numpy(run.predicted_SN.toarray()), torch.from_numpy(run.actual_SN.toarray().argmax(1))
-    expected = metrics.compute(logits, targets, multi_label=False)[metric]
+    expected = SINGLE.compute(logits, targets)[metric]
     assert METRICS[metric](run, np.ones((1, 80)))[0] == pytest.approx(expected, abs=1e-12)
 
 
@@ -47,7 +47,7 @@ def test_without_resampling_a_metric_equals_that_of_training(metric: str) -> Non
 def test_without_resampling_a_multi_label_metric_equals_that_of_training(metric: str) -> None:
     run = multi(80, 0.2, 1)
     logits = torch.from_numpy(run.predicted_SN.toarray()) * 2 - 1
-    expected = metrics.compute(logits, torch.from_numpy(run.actual_SN.toarray()).float(), multi_label=True)[metric]
+    expected = MULTI.compute(logits, torch.from_numpy(run.actual_SN.toarray()).float())[metric]
     assert METRICS[metric](run, np.ones((1, 80)))[0] == pytest.approx(expected, abs=1e-12)
 
 

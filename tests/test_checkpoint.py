@@ -49,7 +49,7 @@ def published(folder: Path, content: str = "content") -> Path:
 def started(path: Path) -> RunFolder:
     run = RunFolder(path)
     run.prepare(resume=False, overwrite=False)
-    facts = {"mopefuse": "0.1.0", "method": "conditional", "labels": ["a"], "multi_label": False}
+    facts = {"mopefuse": "0.1.0", "method": "conditional", "labels": ["a"], "task": {"name": "single-label"}}
     run.start(CONFIG, facts | {"encoders": {}, "data": {}, "plugins": []})
     return run
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import make_pairs
 from encoder_cases import TIMM
+from tasks_of import SINGLE
 from test_fusion import TEXTS, images, open_gates
 from test_lora import SMALL_BERT
 from test_train import config, log, weights
@@ -22,7 +23,7 @@ import mopefuse
 from mopefuse.core import device as devices
 from mopefuse.core.tensor_files import read_tensors, write_tensors
 from mopefuse.fusion.base import Fusion
-from mopefuse.training.losses import classification_loss
+from mopefuse.training.losses import task_loss
 from mopefuse.training.optimizer import load_optimizer_state, make_optimizer, optimizer_state
 from mopefuse.training.train import train
 
@@ -180,7 +181,7 @@ def test_a_compiled_step_equals_an_uncompiled_one() -> None:
         model.zero_grad()
         with bf16():
             output = forward(batch)
-        loss = classification_loss(output, batch, multi_label=False)
+        loss = task_loss(output, batch, SINGLE)
         loss.backward()
         norms = [float(ours.grad.norm()) for ours in model.trainable_parameters() if ours.grad is not None]
         found.append([float(loss.detach()), *norms])

@@ -38,7 +38,7 @@ def test_a_clean_data_set_has_no_findings(pairs: Path, multi_pairs: Path) -> Non
         assert (done.returncode, found["ok"], found["errors"], found["warnings"], found["problems"]) == (0, True, 0, 0, [])
         assert {name: facts["rows"] for name, facts in found["splits"].items()} == {"train": 12, "val": 6, "test": 7}
         assert found["splits"]["val"]["pixels"] == {"smallest": [16, 16], "largest": [16, 16]}
-        assert found["labels"]["multi_label"] is multi
+        assert found["labels"]["task"] == ("multi-label" if multi else "single-label")
         assert "error" not in found
 
 

@@ -312,7 +312,7 @@ def test_labels_that_do_not_fit_the_graph_are_refused(copy: Path) -> None:
     assert done.returncode == 6 and "2 labels" in done.stderr and "3" in done.stderr
 
 
-@pytest.mark.parametrize("key", ["labels", "thresholds", "multi_label"])
+@pytest.mark.parametrize("key", ["labels", "thresholds", "task"])
 def test_a_bundle_with_incomplete_labels_is_refused(key: str, copy: Path) -> None:
     labels = read_json(copy / "labels.json")
     del labels[key]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import code_of, make_pairs, write_rows
 from PIL import Image
+from tasks_of import SINGLE, task_of
 from torch import Tensor, nn
 
 from mopefuse.autofit.budget import Budget, parse_budget
@@ -26,7 +27,6 @@ from mopefuse.autofit.scores import Estimate, Judge, Predictions, choose, choose
 from mopefuse.autofit.setup import choose_data
 from mopefuse.config.schema import Data, build_config
 from mopefuse.data.guess_columns import guess_columns
-from mopefuse.fusion.linear import mean_of_softmaxes
 from mopefuse.fusion.mlp_fit import NetworkSettings
 from mopefuse.fusion.wide_head import WideHead
 from mopefuse.training.listener import Listener, Progress
@@ -56,13 +56,13 @@ TARGETS = torch.arange(S) % N
 
 
 def test_a_score_and_its_standard_error_are_those_of_a_proportion() -> None:
-    found = Judge(TARGETS, N).score(spoiled(TARGETS, range(40)))
+    found = Judge(SINGLE, TARGETS, N).score(spoiled(TARGETS, range(40)))
     assert found.value == pytest.approx(0.8) and found.rows == S
     assert found.error == pytest.approx((0.8 * 0.2 / S) ** 0.5, rel=0.15)
 
 
 def test_a_difference_is_paired_on_the_samples_that_both_predicted() -> None:
-    judge, ours = Judge(TARGETS, N), spoiled(TARGETS, range(40))
+    judge, ours = Judge(SINGLE, TARGETS, N), spoiled(TARGETS, range(40))
     half = torch.arange(0, S, 2)
     theirs = Predictions(half, ours.logits_KN[half])
     assert judge.difference(ours, theirs) == Estimate(0.0, 0.0, S // 2)
@@ -71,7 +71,7 @@ def test_a_difference_is_paired_on_the_samples_that_both_predicted() -> None:
 
 
 def test_the_simpler_candidate_is_chosen_within_noise_and_the_dearer_one_beyond_it() -> None:
-    judge, simple = Judge(TARGETS, N), spoiled(TARGETS, range(40))
+    judge, simple = Judge(SINGLE, TARGETS, N), spoiled(TARGETS, range(40))
     same = spoiled(TARGETS, range(100, 139))  # one more is right, but on other samples
     better = spoiled(TARGETS, range(20))
     assert choose_leader(judge, {"simple": simple, "same": same}) == "simple"
@@ -79,7 +79,7 @@ def test_the_simpler_candidate_is_chosen_within_noise_and_the_dearer_one_beyond_
 
 
 def test_a_candidate_that_selected_its_step_on_validation_must_be_better_by_two_standard_errors() -> None:
-    judge, leader = Judge(TARGETS, N), spoiled(TARGETS, range(40))
+    judge, leader = Judge(SINGLE, TARGETS, N), spoiled(TARGETS, range(40))
     three_more, many_more = spoiled(TARGETS, range(37)), spoiled(TARGETS, range(20))  # 1.7 and 4.7 standard errors
     assert choose(judge, "leader", leader, {"prompts": three_more}) == "leader"
     assert choose(judge, "leader", leader, {"prompts": many_more}) == "prompts"
@@ -94,7 +94,8 @@ def make_features(*, targets: Tensor | None = None, groups: Sequence[bytes] | No
     tables = {side: torch.randn(S, 2, generator=draw) for side in ("main", "comp")}
     classes = (tables["main"][:, 0] * tables["comp"][:, 0] > 0).long()
     rows = tuple(groups) if groups else tuple(f"{row}".encode() for row in range(S))
-    return Features(tables, {}, classes if targets is None else targets, rows, train_rows=S - 50)
+    targets = classes if targets is None else targets
+    return Features(tables, {}, targets, task_of(targets.ndim == 2), rows, train_rows=S - 50)
 
 
 def clock(share: float = 1.0) -> FoldClock:
@@ -138,7 +139,7 @@ def test_a_held_out_label_does_not_affect_its_prediction() -> None:
 
 def test_a_network_finds_what_a_regression_cannot() -> None:
     features = make_features()
-    how, judge = settings(features), Judge(features.targets, 2)
+    how, judge = settings(features), Judge(SINGLE, features.targets, 2)
     linear = cross_validate_regressions(features, how, {"both": ("main", "comp")}, clock())["both"]
     network = cross_validate_network(features, how, NetworkSettings(64, 0.0, 0), clock())
     assert network is not None and len(network.predictions.rows_K) == S
@@ -157,7 +158,7 @@ def overconfident(heads: int) -> tuple[list[Tensor], Tensor]:
     """Logits three times as large as those that the labels are drawn from."""
     draw = torch.Generator().manual_seed(0)
     each = [2 * torch.randn(4000, N, generator=draw) for _ in range(heads)]
-    mean = each[0] if heads == 1 else mean_of_softmaxes(*each)
+    mean = each[0] if heads == 1 else SINGLE.average(each)
     targets = torch.multinomial(mean.softmax(dim=-1), 1, generator=draw)[:, 0]
     return [3 * logits for logits in each], targets
 
@@ -165,14 +166,14 @@ def overconfident(heads: int) -> tuple[list[Tensor], Tensor]:
 @pytest.mark.parametrize("heads", [1, 2])
 def test_the_temperature_undoes_overconfidence(heads: int) -> None:
     logits, targets = overconfident(heads)
-    found = calibrate(logits, targets, "validation")
+    found = calibrate(SINGLE, logits, targets, "validation")
     assert found.temperature == pytest.approx(3.0, rel=0.1)
     assert found.loss_after < found.loss_before and found.error_after < 0.03 < found.error_before
 
 
 def test_calibrated_predictions_are_left_as_they_are() -> None:
     logits, targets = overconfident(1)
-    assert calibrate([logits[0] / 3], targets, "validation").temperature == pytest.approx(1.0, rel=0.1)
+    assert calibrate(SINGLE, [logits[0] / 3], targets, "validation").temperature == pytest.approx(1.0, rel=0.1)
 
 
 HEADS = {

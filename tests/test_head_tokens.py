@@ -69,7 +69,7 @@ def test_a_cache_too_small_for_tokens_is_noticed(data: Path, tmp_path: Path) -> 
     small = ("--set", "data.cache_prefix_limit=1e-6", "--epochs", "1", "--cache-prefix", "off")
     done = call("train", *SPECS, *map(str, ("--data", data, "--out", tmp_path / "run")), *small)
     assert done.returncode == 0, done.stderr
-    wanted = "cross-attention is not among the models that are compared at the start, because the output tokens are not cached: they"
+    wanted = "cross-attention is not among the models compared at the start, because the output tokens are not cached: they"
     assert wanted in " ".join(done.stderr.split()) and "add --set data.cache_prefix_limit=" in done.stderr
     assert "cross_attention" not in (tmp_path / "run" / "start.json").read_text()
 

@@ -249,7 +249,7 @@ def test_a_column_of_lists_is_refused_without_its_flag_and_read_with_it(tmp_path
     assert refused.returncode == 4
     assert "error[MF-DATA-231]" in refused.stderr and "--label-sep list" in refused.stderr
     code, report = check(path, "--label-sep", "list")
-    assert (code, report["labels"]["multi_label"], set(report["labels"]["balance"])) == (0, True, set(GENRES))
+    assert (code, report["labels"]["task"], set(report["labels"]["balance"])) == (0, "multi-label", set(GENRES))
     done = train(path, tmp_path / "run", "--label-sep", "list", "--json")
     assert done.returncode == 0, done.stderr
     assert check(path, "--allow-odd-labels")[0] == 0

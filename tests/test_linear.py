@@ -12,6 +12,7 @@ import torch
 from conftest import call
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from tasks_of import MULTI, SINGLE
 
 from mopefuse.config.method_settings import Linear
 from mopefuse.config.schema import build_config
@@ -148,7 +149,7 @@ def test_a_single_modality_method_needs_no_encoder_for_the_other(
 
 
 def how(labels: int = 3, **changed: Any) -> FitSettings:
-    known: dict[str, Any] = {"multi_label": False, "threshold": 0.5, "balanced": False, "settings": Linear(strengths=(1.0,))}
+    known: dict[str, Any] = {"task": SINGLE, "threshold": 0.5, "balanced": False, "settings": Linear(strengths=(1.0,))}
     return FitSettings(labels, **(known | changed))
 
 
@@ -188,7 +189,7 @@ def test_labels_without_training_samples_are_never_predicted(present: list[int])
 
 def test_labels_of_all_or_no_samples_get_extreme_probabilities() -> None:
     x, y = drawn(), torch.stack([torch.ones(40), torch.zeros(40), (drawn(seed=1)[:, 0] > 0).float()], dim=1)
-    found = fit(x, y, x, y, how(multi_label=True))
+    found = fit(x, y, x, y, how(task=MULTI))
     p = (x @ found.weight_NF.T + found.bias_N).sigmoid()
     assert p[:, 0].min() > 0.999 and p[:, 1].max() < 0.001 and 0.001 < p[:, 2].mean() < 0.999
 

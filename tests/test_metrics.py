@@ -11,12 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
+from tasks_of import MULTI, SINGLE, task_of
 
 from mopefuse.core.artifact import dump_json, finite
 from mopefuse.metrics import classification as metrics
-from mopefuse.metrics.classification import compute, per_label, probabilities
-from mopefuse.metrics.label_loss import label_loss
-from mopefuse.metrics.quality_gates import selected_metric
+from mopefuse.metrics.thresholds import tuned_thresholds
 
 
 def logits_of(predicted: list[int], labels: int) -> torch.Tensor:
@@ -33,7 +32,7 @@ def multi_logits(predicted: torch.Tensor) -> torch.Tensor:
 
 def test_single_label_metrics_match_a_computation_by_hand() -> None:
     """Predicted 0 1 1 2, true 0 1 2 2: F1 of the labels is 1, 2/3 and 2/3."""
-    got = compute(logits_of([0, 1, 1, 2], 3), torch.tensor([0, 1, 2, 2]), multi_label=False)
+    got = SINGLE.compute(logits_of([0, 1, 1, 2], 3), torch.tensor([0, 1, 2, 2]))
     assert got["accuracy"] == 0.75
     assert got["f1_macro"] == pytest.approx((1 + 2 / 3 + 2 / 3) / 3)
     assert got["absent_labels"] == 0
@@ -43,7 +42,7 @@ def test_single_label_metrics_match_a_computation_by_hand() -> None:
 
 def test_multi_label_metrics_match_a_computation_by_hand() -> None:
     """True {0}, {1}, {0,1}; predicted {0}, {0}, {1}: 2 true positives, 1 false positive, 2 false negatives."""
-    got = compute(multi_logits(flags([[1, 0], [1, 0], [0, 1]])), flags([[1, 0], [0, 1], [1, 1]]), multi_label=True)
+    got = MULTI.compute(multi_logits(flags([[1, 0], [1, 0], [0, 1]])), flags([[1, 0], [0, 1], [1, 1]]))
     assert got["f1_micro"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 2))
     assert got["f1_macro"] == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert got["f1_samples"] == pytest.approx((1 + 0 + 2 / 3) / 3)
@@ -56,23 +55,23 @@ def test_metrics_equal_scikit_learn(seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     logits_SN = torch.randn(40, 4, generator=draw)
     single = torch.cat([torch.arange(4), torch.randint(4, (36,), generator=draw)])
-    got, predicted = compute(logits_SN, single, multi_label=False), logits_SN.argmax(-1).numpy()
+    got, predicted = SINGLE.compute(logits_SN, single), logits_SN.argmax(-1).numpy()
     assert got["accuracy"] == pytest.approx(sk.accuracy_score(single.numpy(), predicted))
     assert got["f1_macro"] == pytest.approx(sk.f1_score(single.numpy(), predicted, average="macro"))
     many = (torch.rand(40, 4, generator=draw) < 0.4).float()
     many[:, 0] = 1  # every sample has a label, and every label occurs
     many[0] = 1
-    got, chosen = compute(logits_SN, many, multi_label=True), (logits_SN >= 0).numpy()
+    got, chosen = MULTI.compute(logits_SN, many), (logits_SN >= 0).numpy()
     for average in ("micro", "macro", "samples"):
         expected = sk.f1_score(many.numpy(), chosen, average=average, zero_division=0)
         assert got[f"f1_{average}"] == pytest.approx(expected)
 
 
 def test_labels_that_a_split_lacks_are_counted_and_left_out_of_macro_f1() -> None:
-    single = compute(logits_of([0, 1, 3], 5), torch.tensor([0, 1, 1]), multi_label=False)
+    single = SINGLE.compute(logits_of([0, 1, 3], 5), torch.tensor([0, 1, 1]))
     assert single["absent_labels"] == 3
     assert single["f1_macro"] == pytest.approx((1 + 2 / 3) / 2)  # the wrong 3 costs recall of 1, not a third term
-    multi = compute(multi_logits(flags([[1, 0, 1], [1, 0, 0]])), flags([[1, 0, 0], [1, 0, 0]]), multi_label=True)
+    multi = MULTI.compute(multi_logits(flags([[1, 0, 1], [1, 0, 0]])), flags([[1, 0, 0], [1, 0, 0]]))
     assert multi["absent_labels"] == 2
     assert multi["f1_macro"] == 1.0
 
@@ -81,36 +80,35 @@ def test_labels_that_a_split_lacks_are_counted_and_left_out_of_macro_f1() -> Non
     ("predicted", "expected"), [([[0, 0], [1, 0]], 1.0), ([[1, 0], [1, 0]], 0.5), ([[0, 0], [0, 1]], 0.5)]
 )
 def test_a_sample_without_labels_is_right_if_none_is_predicted(predicted: list[list[int]], expected: float) -> None:
-    got = compute(multi_logits(flags(predicted)), flags([[0, 0], [1, 0]]), multi_label=True)
+    got = MULTI.compute(multi_logits(flags(predicted)), flags([[0, 0], [1, 0]]))
     assert got["f1_samples"] == expected
 
 
 def test_a_split_without_any_label_has_finite_metrics() -> None:
-    got = compute(multi_logits(flags([[0, 0, 0], [1, 0, 0]])), torch.zeros(2, 3), multi_label=True)
+    got = MULTI.compute(multi_logits(flags([[0, 0, 0], [1, 0, 0]])), torch.zeros(2, 3))
     assert (got["f1_samples"], got["f1_micro"], got["f1_macro"], got["absent_labels"]) == (0.5, 0.0, 0.0, 3)
 
 
 def test_a_split_of_one_sample_has_metrics() -> None:
-    assert compute(logits_of([1], 3), torch.tensor([1]), multi_label=False)["f1_macro"] == 1.0
-    assert compute(multi_logits(flags([[1, 0]])), flags([[1, 0]]), multi_label=True)["f1_samples"] == 1.0
+    assert SINGLE.compute(logits_of([1], 3), torch.tensor([1]))["f1_macro"] == 1.0
+    assert MULTI.compute(multi_logits(flags([[1, 0]])), flags([[1, 0]]))["f1_samples"] == 1.0
 
 
 def test_a_probability_at_the_threshold_counts_as_predicted() -> None:
-    assert compute(torch.zeros(1, 2), torch.ones(1, 2), multi_label=True)["f1_micro"] == 1.0
+    assert MULTI.compute(torch.zeros(1, 2), torch.ones(1, 2))["f1_micro"] == 1.0
 
 
 @pytest.mark.parametrize("multi_label", [True, False])
 def test_metrics_per_label_match_a_computation_by_hand(multi_label: bool) -> None:
     predicted, actual = [0, 1, 1, 0], [0, 1, 0, 0]
     if multi_label:
-        rows = per_label(
+        tally = MULTI.count(
             multi_logits(torch.nn.functional.one_hot(torch.tensor(predicted), 3).float()),
             torch.nn.functional.one_hot(torch.tensor(actual), 3).float(),
-            ("a", "b", "c"),
-            multi_label=True,
         )
     else:
-        rows = per_label(logits_of(predicted, 3), torch.tensor(actual), ("a", "b", "c"), multi_label=False)
+        tally = SINGLE.count(logits_of(predicted, 3), torch.tensor(actual))
+    rows = tally.per_label(("a", "b", "c"))
     assert [row["label"] for row in rows] == ["a", "b", "c"]
     assert [row["support"] for row in rows] == [3, 1, 0]
     assert [row["precision"] for row in rows] == [1.0, 0.5, 0.0]
@@ -119,13 +117,13 @@ def test_metrics_per_label_match_a_computation_by_hand(multi_label: bool) -> Non
 
 def test_probabilities_sum_to_one_or_are_independent() -> None:
     logits_SN = torch.tensor([[1.0, 2.0, 3.0]])
-    torch.testing.assert_close(probabilities(logits_SN, multi_label=False).sum(dim=-1), torch.ones(1))
-    torch.testing.assert_close(probabilities(logits_SN, multi_label=True), 1 / (1 + (-logits_SN).exp()))
+    torch.testing.assert_close(SINGLE.probabilities(logits_SN).sum(dim=-1), torch.ones(1))
+    torch.testing.assert_close(MULTI.probabilities(logits_SN), 1 / (1 + (-logits_SN).exp()))
 
 
 def test_the_selected_metric_is_among_the_computed_ones() -> None:
-    assert selected_metric(multi_label=False) in compute(torch.eye(2), torch.arange(2), multi_label=False)
-    assert selected_metric(multi_label=True) in compute(torch.eye(2), torch.eye(2), multi_label=True)
+    assert SINGLE.metric == SINGLE.metrics[0] and {*SINGLE.metrics} <= {*SINGLE.compute(torch.eye(2), torch.arange(2))}
+    assert MULTI.metric == MULTI.metrics[0] and {*MULTI.metrics} <= {*MULTI.compute(torch.eye(2), torch.eye(2))}
 
 
 def test_nan_is_null_in_json() -> None:
@@ -136,7 +134,7 @@ def test_nan_is_null_in_json() -> None:
 
 def test_metrics_are_plain_numbers_that_json_takes() -> None:
     for multi_label, target in ((False, torch.arange(2)), (True, torch.eye(2))):
-        got = compute(torch.eye(2), target, multi_label=multi_label)
+        got = task_of(multi_label).compute(torch.eye(2), target)
         assert json.loads(json.dumps(got)) == got
         assert not any(isinstance(value, np.generic) for value in got.values())
 
@@ -158,26 +156,26 @@ def best_f1_by_trial(p_S: list[float], y_S: list[int]) -> float:
 def test_a_tuned_threshold_gives_the_best_possible_f1(samples: list[tuple[float, bool]]) -> None:
     logits = torch.tensor([[logit] * 2 for logit, _ in samples])
     targets = torch.tensor([[float(yes)] * 2 for _, yes in samples])
-    threshold, same = metrics.tuned_thresholds(logits, targets)
+    threshold, same = tuned_thresholds(logits, targets)
     assert threshold == same
     assert 0 < threshold < 1
     if targets.sum() == 0:
         assert threshold == 0.5
         return
-    found = metrics.compute(logits, targets, multi_label=True, thresholds=[threshold] * 2)
-    p_S = metrics.probabilities(logits, multi_label=True)[:, 0].tolist()
+    found = MULTI.compute(logits, targets, thresholds=[threshold] * 2)
+    p_S = MULTI.probabilities(logits)[:, 0].tolist()
     assert found["f1_macro"] == pytest.approx(best_f1_by_trial(p_S, [int(yes) for _, yes in samples]))
 
 
 def test_each_label_has_its_own_threshold() -> None:
     logits = torch.tensor([[2.0, -2.0], [1.0, -3.0], [0.5, -4.0]])
     targets = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
-    thresholds = metrics.tuned_thresholds(logits, targets)
+    thresholds = tuned_thresholds(logits, targets)
     p = logits.double().sigmoid()
     assert thresholds == pytest.approx([float(p[:2, 0].mean()), float(p[1:, 1].mean())])
-    assert metrics.compute(logits, targets, multi_label=True, thresholds=thresholds)["f1_macro"] == 1
-    assert metrics.compute(logits, targets, multi_label=True)["f1_macro"] == pytest.approx(0.25)
-    rows = metrics.per_label(logits, targets, ("x", "y"), multi_label=True, thresholds=thresholds)
+    assert MULTI.compute(logits, targets, thresholds=thresholds)["f1_macro"] == 1
+    assert MULTI.compute(logits, targets)["f1_macro"] == pytest.approx(0.25)
+    rows = MULTI.count(logits, targets, thresholds).per_label(("x", "y"))
     assert [row["f1"] for row in rows] == [1, 1]
 
 
@@ -222,5 +220,5 @@ def test_the_most_confused_classes_agree_with_the_confusion_matrix() -> None:
 def test_sample_losses_average_to_the_loss(multi_label: bool) -> None:
     logits_SN = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
     targets = (logits_SN > 0.3).float() if multi_label else torch.arange(9) % 4
-    mean = float(label_loss(logits_SN, targets, multi_label=multi_label).mean())
-    assert mean == pytest.approx(metrics.compute(logits_SN, targets, multi_label=multi_label)["loss"], rel=1e-5)
+    mean = float(task_of(multi_label).loss(logits_SN, targets).mean())
+    assert mean == pytest.approx(task_of(multi_label).compute(logits_SN, targets)["loss"], rel=1e-5)

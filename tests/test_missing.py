@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import call, plain_config
 from missing_cases import holes, train, weights
+from tasks_of import SINGLE
 from test_fusion import TEXTS, build, images, open_gates
 
 from mopefuse.data.collate import Samples
@@ -23,7 +24,7 @@ from mopefuse.fusion._design_matrix import statistics
 from mopefuse.fusion.base import Fusion
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import load_model
-from mopefuse.training.losses import classification_loss
+from mopefuse.training.losses import task_loss
 
 METHODS: list[dict[str, Any]] = [
     {},
@@ -150,8 +151,8 @@ def test_either_predicts_from_the_complementary_side_alone() -> None:
     assert torch.equal(some.logits[1], some.alone_BN[1]) and torch.equal(some.logits[[0, 2]], full.logits[[0, 2]])
     assert torch.equal(full.alone_BN, some.alone_BN), "the prediction from the complementary side alone depends on images"
     batch = replace(model.collate(pictures, TEXTS[:3]), targets=torch.tensor([0, 1, 2]))
-    both = classification_loss(full, batch, multi_label=False)
-    one = classification_loss(full._replace(alone_BN=None), batch, multi_label=False)
+    both = task_loss(full, batch, SINGLE)
+    one = task_loss(full._replace(alone_BN=None), batch, SINGLE)
     cross = torch.nn.functional.cross_entropy(full.alone_BN, batch.targets, reduction="sum")
     torch.testing.assert_close(both, one + cross)
     model.zero_grad()

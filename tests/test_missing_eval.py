@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import call, write_rows
 from missing_cases import holes, train
+from tasks_of import SINGLE
 from test_fusion import images
 
 import mopefuse
@@ -23,7 +24,6 @@ from mopefuse.evaluation import missing_modalities
 from mopefuse.evaluation.missing_shares import describe_shares, parse_shares
 from mopefuse.evaluation.split import prepare_samples, run_split
 from mopefuse.inference.bundle import Bundle
-from mopefuse.metrics import classification as metrics
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import load_model
 
@@ -56,7 +56,7 @@ def test_a_result_for_a_missing_fraction_is_printed_saved_and_reproducible(run: 
     cpu = torch.device("cpu")
     taken = FixedMissing(prepare_samples(loaded.model, data, "test", loaded.config, cpu), {"text": mask_S})
     logits_SN = run_split(loaded.model, data, "test", loaded.config, cpu, samples=taken).logits_SN
-    again = metrics.compute(logits_SN, data.targets("test"), multi_label=False, thresholds=0.5)
+    again = SINGLE.compute(logits_SN, data.targets("test"), thresholds=0.5)
     assert again == pytest.approx(cell["metrics"], abs=1e-6)
 
 

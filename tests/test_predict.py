@@ -9,11 +9,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import TINY, call, code_of, make_pairs, ranks, run_cli, write_rows
 from PIL import Image
+from tasks_of import SINGLE
 
 import mopefuse
 from mopefuse.config.schema import Data
@@ -172,7 +174,8 @@ def test_a_single_pair_is_identified_by_its_file(trained: Path, pairs: Path) -> 
 
 
 def test_a_cell_that_a_spreadsheet_would_evaluate_is_quoted() -> None:
-    lines = "".join(as_csv([{"id": "=1+1", "label": "@x", "probabilities": {"@x": 0.5}}], ["@x"]))
+    model: Any = SimpleNamespace(task=SINGLE, labels=["@x"])
+    lines = "".join(as_csv([{"id": "=1+1", "label": "@x", "probabilities": {"@x": 0.5}}], model))
     assert list(csv.reader(io.StringIO(lines)))[1] == ["'=1+1", "'@x", "0.5", ""]
 
 

@@ -20,15 +20,14 @@ from encoder_cases import OPEN_CLIP, save_hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tasks_of import task_of
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import mopefuse
 from mopefuse.encoders.base import create_encoder
-from mopefuse.inference import bundle as predictor
 from mopefuse.inference import bundle_tokens
 from mopefuse.inference.bundle import Bundle
-from mopefuse.metrics import classification as metrics
 from mopefuse.modalities import pixels
 
 ROOT = Path(__file__).parent.parent
@@ -118,10 +117,10 @@ def test_text_that_may_need_ftfy_gives_a_warning(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("multi", [True, False])
 def test_probabilities_equal_those_of_training(multi: bool) -> None:
     logits = np.array([[3.0, -2.0, 0.5], [800.0, -800.0, 0.0]], dtype=np.float32)
-    wanted = metrics.probabilities(torch.from_numpy(logits), multi_label=multi).numpy()
+    wanted = task_of(multi).probabilities(torch.from_numpy(logits)).numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.allclose(predictor.probabilities(logits, multi_label=multi), wanted, atol=1e-7)
+        assert np.allclose(task_of(multi).decode(logits), wanted, atol=1e-7)
 
 
 # -- invalid inputs

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import call, plain_config
 from missing_cases import holes
 from run_cases import check_eval_report_and_export
+from tasks_of import MULTI, SINGLE
 from test_cross_attention import Given
 from test_fusion import TEXTS, build, images
 from test_mlp import config, missing
@@ -112,7 +113,7 @@ def test_the_loss_is_that_of_the_fused_logits_of_every_side_that_is_there_and_of
     batch = replace(batch, targets=torch.tensor([0, 6, 2, 3]))
     values = plain_config({"main": "tiny:vision", "comp": "tiny:text", "qmf": {"rank_weight": 0.7}})
     weights_N = torch.arange(1.0, 8.0)
-    loss = Backward(model, values, torch.device("cpu"), multi_label=False, weights=weights_N)(batch, 4, has_share=True)
+    loss = Backward(model, values, torch.device("cpu"), task=SINGLE, weights=weights_N)(batch, 4, has_share=True)
     output = model(batch)
     sides = output.by_side
     expected = F.cross_entropy(output.logits, batch.targets, weight=weights_N, reduction="sum")
@@ -134,7 +135,7 @@ def test_the_loss_of_several_labels_is_a_mean_over_them() -> None:
     batch = Batch({}, {}, targets_BN, torch.arange(3))
     both_BSN = targets_BN[:, None].expand(-1, 2, -1)
     expected = F.binary_cross_entropy_with_logits(logits_BSN, both_BSN, reduction="none").mean(dim=-1).sum()
-    torch.testing.assert_close(side_loss(sides, batch, 0.0, multi_label=True), expected)
+    torch.testing.assert_close(side_loss(sides, batch, 0.0, MULTI), expected)
 
 
 def test_each_side_is_trusted_where_it_knows_the_answer() -> None:
@@ -153,7 +154,7 @@ def test_each_side_is_trusted_where_it_knows_the_answer() -> None:
     torch.manual_seed(0)
     model = QMF(values, {"main": Given("image", 4), "comp": Given("text", 4)}, 4).train()
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-2)
-    backward = Backward(model, values, torch.device("cpu"), multi_label=False, weights=None)
+    backward = Backward(model, values, torch.device("cpu"), task=SINGLE, weights=None)
     for _ in range(300):
         batch, _, _ = draw(64)
         optimizer.zero_grad()

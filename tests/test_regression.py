@@ -15,6 +15,7 @@ from conftest import matrix
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
+from tasks_of import MULTI, SINGLE, task_of
 from torch import Tensor
 
 from mopefuse.cli import _train_display
@@ -32,7 +33,7 @@ STRENGTHS = (1e-3, 1e-1, 10.0)
 
 
 def how(labels: int, **changed: Any) -> FitSettings:
-    known: dict[str, Any] = {"multi_label": False, "threshold": 0.5, "balanced": False, "settings": Linear()}
+    known: dict[str, Any] = {"task": SINGLE, "threshold": 0.5, "balanced": False, "settings": Linear()}
     return FitSettings(labels, **(known | changed))
 
 
@@ -110,8 +111,8 @@ def by_scikit_learn(x: Tensor, y: Tensor, strength: float, balanced: bool) -> tu
 def solved(x: Tensor, y: Tensor, balanced: bool, strengths: tuple[float, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Our solutions for one C after another; for two classes the single row that scikit-learn has."""
     labels = y.shape[1] if y.ndim == 2 else int(y.max()) + 1
-    wanted = how(labels, multi_label=y.ndim == 2, balanced=balanced)
-    fitted = (binary_problem if wanted.multi_label else multinomial_problem)(design(x, labels), y, wanted)
+    wanted = how(labels, task=task_of(y.ndim == 2), balanced=balanced)
+    fitted = (binary_problem if wanted.task.uses_thresholds else multinomial_problem)(design(x, labels), y, wanted)
     assert fitted.regression is not None
     return [
         tuple(part.numpy() for part in fitted.regression.solve(strength, 1000, lambda share: None)) for strength in strengths
@@ -188,7 +189,7 @@ def test_samples_that_lack_a_side_use_its_mean() -> None:
     y = several(x, 3)
     lacks = torch.rand(400, generator=torch.Generator().manual_seed(5)) < 0.3
     fold = Fold({"main": x[:, :6], "comp": x[:, 6:].masked_fill(lacks[:, None], 1e6)}, y, {"comp": lacks})
-    wanted = how(3, multi_label=True, settings=Linear(strengths=(1.0,)))
+    wanted = how(3, task=MULTI, settings=Linear(strengths=(1.0,)))
     state, _ = fit_heads({"head": ("main", "comp")}, fold, fold, wanted)
     comp = StandardScaler().fit(x[~lacks, 6:].double()).transform(x[:, 6:].double())
     comp[lacks.numpy()] = 0
@@ -202,7 +203,7 @@ def test_constant_labels_do_not_affect_the_others() -> None:
     x = correlated(300, 10)
     y = several(x, 4)
     padded = torch.cat([torch.ones(300, 1), y[:, :2], torch.zeros(300, 1), y[:, 2:]], dim=1)
-    wanted = how(4, multi_label=True)
+    wanted = how(4, task=MULTI)
     alone = fit(x, y, wanted)
     among = fit(x, padded, wanted._replace(labels=6))
     kept = [1, 2, 4, 5]
@@ -239,7 +240,7 @@ def test_a_table_larger_than_memory_is_read_in_blocks_with_identical_results(
         monkeypatch.setattr(devices, "free_memory", lambda device, free=free: free)
         table = Recorder(x)
         fold = Fold({"main": table}, y)
-        wanted = how(3, multi_label=multi, settings=Linear(strengths=(0.1, 1.0)))
+        wanted = how(3, task=task_of(multi), settings=Linear(strengths=(0.1, 1.0)))
         found.append(fit_heads({"head": ("main",)}, fold, fold, wanted)[0])
         reads.append(table.reads)
     assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
@@ -250,9 +251,9 @@ def test_a_table_larger_than_memory_is_read_in_blocks_with_identical_results(
 def test_many_labels_are_fitted_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     x = correlated(300, 10)
     y = several(x, 7)
-    whole = fit(x, y, how(7, multi_label=True))
+    whole = fit(x, y, how(7, task=MULTI))
     monkeypatch.setattr(_logistic, "_HISTORY_BYTES", 16 * 10 * 11 * 3)  # three labels
-    parts = fit(x, y, how(7, multi_label=True))
+    parts = fit(x, y, how(7, task=MULTI))
     torch.testing.assert_close(parts.weight_NF, whole.weight_NF, atol=1e-3, rtol=1e-3)
     assert parts.strength == whole.strength
 
@@ -269,7 +270,7 @@ def test_more_features_than_one_eigenbasis_holds_are_fitted_in_groups(monkeypatc
 def test_the_fit_is_deterministic() -> None:
     x = correlated(300, 10)
     for y, multi in ((several(x, 4), True), (classes(x, 4), False)):
-        one, two = (fit(x, y, how(4, multi_label=multi)) for _ in range(2))
+        one, two = (fit(x, y, how(4, task=task_of(multi))) for _ in range(2))
         assert torch.equal(one.weight_NF, two.weight_NF) and torch.equal(one.bias_N, two.bias_N)
 
 
@@ -278,7 +279,7 @@ def test_many_labels_take_seconds() -> None:
     x = correlated(3000, 384)
     y = several(x, 40)
     began = time.process_time()
-    fit(x, y, how(40, multi_label=True))
+    fit(x, y, how(40, task=MULTI))
     assert time.process_time() - began < 12
 
 
@@ -286,7 +287,7 @@ def test_progress_grows_from_0_to_1() -> None:
     x = correlated(300, 10)
     progress = list[tuple[str, float]]()
     fold = Fold({"main": x, "comp": x}, several(x, 4))
-    wanted = how(4, multi_label=True)
+    wanted = how(4, task=MULTI)
     fit_heads({"a": ("main",), "b": ("main", "comp")}, fold, fold, wanted, lambda what, share: progress.append((what, share)))
     shares = [share for _, share in progress]
     assert shares == sorted(shares) and shares[0] < 0.1 and 0.95 < shares[-1] <= 1 + 1e-9

@@ -101,7 +101,7 @@ def test_multi_label_runs_have_scores_but_no_confusion_matrix(multi_pairs: Path,
     page = page_of(tmp_path / "run")
     assert keys(page) == [key for key in SECTIONS if key != "confusion"] + ROUTING
     assert "labels" in page.charts()
-    assert "any number of 3: a, b, c" in page.text
+    assert "any number of 3 labels: a, b, c" in page.text
 
 
 def test_a_method_without_a_router_has_no_routing_section(pairs: Path, tmp_path: Path) -> None:

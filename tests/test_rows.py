@@ -14,6 +14,7 @@ from conftest import LABELS, code_of, make_pairs, write_rows
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
+from tasks_of import MULTI
 
 from mopefuse.config.schema import Data
 from mopefuse.data.base import DataSet, Split
@@ -69,7 +70,7 @@ def folder_with(root: Path, train: list[Any], val: list[Any] | None = None) -> P
 def test_a_folder_is_read(pairs: Path, multi_pairs: Path) -> None:
     single, multi = load(pairs), load(multi_pairs)
     assert {name: len(part.rows) for name, part in single.splits.items()} == {"train": 12, "val": 6, "test": 7}
-    assert (single.labels, single.multi_label, multi.labels, multi.multi_label) == (LABELS, False, LABELS, True)
+    assert (single.labels, (single.task == MULTI), multi.labels, (multi.task == MULTI)) == (LABELS, False, LABELS, True)
     row = single.splits["val"].rows[4]
     assert (row.id, row.values["image"], row.labels, row.line) == ("val-4", "images/val-4.png", ("b",), 5)
     assert single.targets("val")[4].item() == 1

@@ -19,6 +19,7 @@ import torch
 from conftest import TINY, call, ranks
 from hypothesis import given
 from hypothesis import strategies as st
+from tasks_of import MULTI, SINGLE, task_of
 from torch import Tensor
 
 from mopefuse.config.schema import Data
@@ -29,13 +30,13 @@ from mopefuse.errors import NumericError, ResourceError
 from mopefuse.evaluation import logit_spool
 from mopefuse.evaluation.logit_spool import Spool
 from mopefuse.evaluation.outputs import BatchOutput
-from mopefuse.evaluation.predictions import KEPT, MAX_LABELS, collect_predictions
 from mopefuse.evaluation.scoring import score
 from mopefuse.evaluation.split import run_split
-from mopefuse.metrics import classification as metrics
+from mopefuse.metrics.thresholds import tuned_thresholds
 from mopefuse.report import run_report as reporting
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import load_model
+from mopefuse.tasks.classification import KEPT, MAX_LABELS
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "make_large_data.py"
 MANY = 150  # labels; more than the number whose probabilities are all written
@@ -75,7 +76,7 @@ def test_labels_of_many_rows_keep_their_order() -> None:
 @given(rows_of_labels.filter(len))
 def test_targets_of_some_rows_or_labels_are_parts_of_the_dense_targets(rows: list[tuple[str, ...]]) -> None:
     known = "edcbaz"
-    targets = Targets(Labels.from_rows(rows), known, multi_label=True)
+    targets = Targets(Labels.from_rows(rows), known, MULTI)
     expected_SN = torch.tensor([[float(label in row) for label in known] for row in rows])
     assert targets.dense().equal(expected_SN)
     index_B = torch.tensor([len(rows) - 1, 0, 0])
@@ -88,7 +89,7 @@ def test_the_memory_of_targets_grows_with_the_labels_that_rows_have() -> None:
     """Dense targets of 200,000 rows and 1,000 labels would take 800 MB."""
     labels = Labels([str(n) for n in range(1_000)], np.arange(0, 400_001, 2), np.arange(400_000, dtype=np.int32) % 1_000)
     tracemalloc.start()
-    targets = Targets(labels, labels.names, multi_label=True)
+    targets = Targets(labels, labels.names, MULTI)
     assert targets[torch.arange(64)].sum() == 128
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -121,11 +122,11 @@ def batches(logits_SN: Tensor, sizes: Sequence[int]) -> Iterator[BatchOutput]:
 def test_metrics_of_batches_equal_those_of_the_whole_split(large: DataSet, tmp_path: Path) -> None:
     logits_SN, targets = logits_of(large, "train"), large.targets("train")
     sizes = [7, 1, 200, len(targets) - 208]
-    multi = large.multi_label
+    multi = large.task == MULTI
     thresholds = [0.2 + 0.004 * label for label in range(MANY)] if multi else 0.5
     found = score(batches(logits_SN, sizes), large, "train", thresholds, predictions=tmp_path / "p.jsonl")
-    assert found.metrics == metrics.compute(logits_SN, targets, multi_label=multi, thresholds=thresholds)
-    assert found.per_label == metrics.per_label(logits_SN, targets, large.labels, multi_label=multi, thresholds=thresholds)
+    assert found.metrics == task_of(multi).compute(logits_SN, targets, thresholds=thresholds)
+    assert found.per_label == large.task.count(logits_SN, targets, thresholds).per_label(large.labels)
     assert 0 < found.metrics["f1_macro"] < 1, "some predictions are right"
 
 
@@ -133,12 +134,12 @@ def test_metrics_of_blocks_of_labels_equal_those_of_all_labels() -> None:
     draw = torch.Generator().manual_seed(1)
     logits_SN, targets_SN = torch.randn(50, 9, generator=draw), (torch.rand(50, 9, generator=draw) < 0.3).float()
     thresholds = torch.rand(9, generator=draw).tolist()
-    tally = metrics.Tally(50, 9, multi_label=True)
+    tally = MULTI.tally(50, 9)
     for first in (4, 0, 8):
         last = min(first + 4, 9)
         part = (logits_SN[:, first:last], targets_SN[:, first:last], thresholds[first:last])
         tally.add(torch.arange(50), *part, first=first)
-    expected = metrics.compute(logits_SN, targets_SN, multi_label=True, thresholds=thresholds)
+    expected = MULTI.compute(logits_SN, targets_SN, thresholds=thresholds)
     assert tally.metrics() == expected | {"loss": pytest.approx(expected["loss"])}
 
 
@@ -147,17 +148,18 @@ def test_with_many_labels_the_most_probable_predicted_and_true_ones_are_written(
     found = score(batches(logits_SN, [len(targets)]), large, "val", predictions=tmp_path / "p.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [row.id for row in large.splits["val"].rows]
-    p_SN = metrics.probabilities(logits_SN, multi_label=large.multi_label)
-    key = "labels" if large.multi_label else "label"
+    p_SN = task_of(large.task == MULTI).probabilities(logits_SN)
+    multi = large.task == MULTI
+    key = "labels" if multi else "label"
     for line, row, p_N in zip(lines, large.splits["val"].rows, p_SN, strict=True):
-        assert line["true"] == (list(row.labels) if large.multi_label else row.labels[0])
+        assert line["true"] == (list(row.labels) if multi else row.labels[0])
         most_probable = {large.labels[number]: round(float(p_N[number]), 6) for number in p_N.argsort(descending=True)[:KEPT]}
-        chosen = {large.labels[number] for number in (p_N >= 0.5).nonzero().flatten()} if large.multi_label else {line["label"]}
-        assert (set(line[key]) if large.multi_label else {line[key]}) == chosen
+        chosen = {large.labels[number] for number in (p_N >= 0.5).nonzero().flatten()} if multi else {line["label"]}
+        assert (set(line[key]) if multi else {line[key]}) == chosen
         assert line["probabilities"].keys() == most_probable.keys() | chosen | set(row.labels)
         assert most_probable.items() <= line["probabilities"].items()
         assert [*line["probabilities"].values()] == sorted(line["probabilities"].values(), reverse=True)
-    if not large.multi_label:
+    if not multi:
         assert found.metrics["accuracy"] == np.mean([line["label"] == line["true"] for line in lines])
         losses = [-math.log(line["probabilities"][line["true"]]) for line in lines]
         assert found.metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
@@ -220,11 +222,11 @@ def test_thresholds_tuned_by_two_processes_equal_those_tuned_on_all_logits(train
     loaded, data = load_model(RunFolder(run), "best", torch.device("cpu")), load_data(Data(path=str(where)))
     logits_SN = run_split(loaded.model, data, "val", loaded.config, torch.device("cpu")).logits_SN
     saved = json.loads((run / "metrics.json").read_text())
-    if data.multi_label:
-        best = metrics.tuned_thresholds(logits_SN, data.targets("val"))
+    if data.task == MULTI:
+        best = tuned_thresholds(logits_SN, data.targets("val"))
         assert list(saved["thresholds"].values()) == pytest.approx(best, abs=1e-6)
-    multi = data.multi_label
-    again = metrics.compute(logits_SN, data.targets("val"), multi_label=multi, thresholds=loaded.thresholds)
+    multi = data.task == MULTI
+    again = task_of(multi).compute(logits_SN, data.targets("val"), thresholds=loaded.thresholds)
     assert saved["metrics"]["val"] == pytest.approx(again, abs=1e-5)
 
 
@@ -296,6 +298,6 @@ def test_with_equal_probabilities_the_written_label_is_the_one_that_is_scored() 
     logits_BN = torch.tensor([[0.0, 1e-9, -1e-9], [1e-9, 0.0, 2e-9]])
     assert logits_BN.softmax(dim=-1).argmax(dim=-1).tolist() == [0, 0]
     targets_B = torch.tensor([1, 2])
-    found = collect_predictions(torch.arange(2), logits_BN, targets_B, multi_label=False, thresholds=0.5)
-    assert found.label_Z[found.chosen_Z].tolist() == [1, 2]
-    assert metrics.compute(logits_BN, targets_B, multi_label=False)["accuracy"] == 1.0
+    _, _, label_Z, _, chosen_Z = SINGLE.collect(torch.arange(2), logits_BN, targets_B)
+    assert label_Z[chosen_Z].tolist() == [1, 2]
+    assert SINGLE.compute(logits_BN, targets_B)["accuracy"] == 1.0

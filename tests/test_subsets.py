@@ -13,20 +13,20 @@ import torch
 from conftest import TINY, call, make_pairs, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
+from tasks_of import MULTI, SINGLE, task_of
 
 from mopefuse.config.schema import Data, build_config
 from mopefuse.data.load import load_data
 from mopefuse.data.subsets import apportion, choose_few, hold_out
 from mopefuse.errors import ConfigError
 from mopefuse.fusion.base import Output
-from mopefuse.metrics.label_loss import balanced_weights
-from mopefuse.training.losses import classification_loss
+from mopefuse.training.losses import task_loss
 
 IDS = [f"row-{number}" for number in range(60)]
-SINGLE = [("often",) if number % 6 else ("rare",) for number in range(60)]  # 50 and 10
+ROWS_OF_TWO = [("often",) if number % 6 else ("rare",) for number in range(60)]  # 50 and 10
 
 
-def drawn(rows: Any, labels: Any = SINGLE) -> Counter[str]:
+def drawn(rows: Any, labels: Any = ROWS_OF_TWO) -> Counter[str]:
     return Counter(label for row in rows for label in labels[row])
 
 
@@ -46,14 +46,14 @@ def test_apportioned_counts_match_a_computation_by_hand() -> None:
 
 
 def test_each_class_gets_its_shots() -> None:
-    assert drawn(choose_few(IDS, SINGLE, 0, shots=4, fraction=None)) == {"often": 4, "rare": 4}
-    assert drawn(choose_few(IDS, SINGLE, 0, shots=30, fraction=None)) == {"often": 30, "rare": 10}
+    assert drawn(choose_few(IDS, ROWS_OF_TWO, 0, shots=4, fraction=None)) == {"often": 4, "rare": 4}
+    assert drawn(choose_few(IDS, ROWS_OF_TWO, 0, shots=30, fraction=None)) == {"often": 30, "rare": 10}
 
 
 def test_a_fraction_applies_to_each_class_and_keeps_at_least_one_row() -> None:
-    assert drawn(choose_few(IDS, SINGLE, 0, shots=None, fraction=0.5)) == {"often": 25, "rare": 5}
-    assert drawn(choose_few(IDS, SINGLE, 0, shots=None, fraction=0.01)) == {"often": 1, "rare": 1}
-    assert choose_few(IDS, SINGLE, 0, shots=None, fraction=1.0) == list(range(60))
+    assert drawn(choose_few(IDS, ROWS_OF_TWO, 0, shots=None, fraction=0.5)) == {"often": 25, "rare": 5}
+    assert drawn(choose_few(IDS, ROWS_OF_TWO, 0, shots=None, fraction=0.01)) == {"often": 1, "rare": 1}
+    assert choose_few(IDS, ROWS_OF_TWO, 0, shots=None, fraction=1.0) == list(range(60))
 
 
 def test_in_multi_label_data_each_label_gets_its_shots() -> None:
@@ -95,35 +95,35 @@ def test_a_run_on_a_fraction_of_1_has_every_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_selection_depends_on_seed_and_rows_but_not_on_their_order(seed: int) -> None:
-    chosen = {IDS[row] for row in choose_few(IDS, SINGLE, seed, shots=6, fraction=None)}
-    backwards = {IDS[::-1][row] for row in choose_few(IDS[::-1], SINGLE[::-1], seed, shots=6, fraction=None)}
+    chosen = {IDS[row] for row in choose_few(IDS, ROWS_OF_TWO, seed, shots=6, fraction=None)}
+    backwards = {IDS[::-1][row] for row in choose_few(IDS[::-1], ROWS_OF_TWO[::-1], seed, shots=6, fraction=None)}
     assert chosen == backwards
-    assert chosen != {IDS[row] for row in choose_few(IDS, SINGLE, seed + 1, shots=6, fraction=None)}
-    _, held = hold_out(IDS, SINGLE, 12, seed)
-    _, held_backwards = hold_out(IDS[::-1], SINGLE[::-1], 12, seed)
+    assert chosen != {IDS[row] for row in choose_few(IDS, ROWS_OF_TWO, seed + 1, shots=6, fraction=None)}
+    _, held = hold_out(IDS, ROWS_OF_TWO, 12, seed)
+    _, held_backwards = hold_out(IDS[::-1], ROWS_OF_TWO[::-1], 12, seed)
     assert {IDS[row] for row in held} == {IDS[::-1][row] for row in held_backwards}
 
 
 def test_more_shots_include_fewer_shots() -> None:
-    fewer, more = (set(choose_few(IDS, SINGLE, 0, shots=shots, fraction=None)) for shots in (3, 9))
+    fewer, more = (set(choose_few(IDS, ROWS_OF_TWO, 0, shots=shots, fraction=None)) for shots in (3, 9))
     assert fewer < more
 
 
 def test_held_out_rows_are_proportional_and_the_rest_is_kept() -> None:
-    kept, held = hold_out(IDS, SINGLE, 12, 0)
+    kept, held = hold_out(IDS, ROWS_OF_TWO, 12, 0)
     assert drawn(held) == {"often": 10, "rare": 2}
     assert sorted([*kept, *held]) == list(range(60))
 
 
 def test_rows_of_one_image_stay_in_one_split() -> None:
     groups = [f"image-{number // 4}" for number in range(60)]
-    kept, held = hold_out(groups, SINGLE, 16, 0)
+    kept, held = hold_out(groups, ROWS_OF_TWO, 16, 0)
     assert {groups[row] for row in kept} & {groups[row] for row in held} == set()
     assert 12 <= len(held) <= 20
 
 
 def test_nothing_is_held_out_of_a_class_with_one_row() -> None:
-    labels = [*SINGLE[:59], ("only",)]
+    labels = [*ROWS_OF_TWO[:59], ("only",)]
     for count in (1, 12, 50):
         kept, _ = hold_out(IDS, labels, count, 0)
         assert set(drawn(kept, labels)) == {"often", "rare", "only"}
@@ -155,16 +155,16 @@ def test_balanced_weights_equal_scikit_learns() -> None:
     targets = torch.tensor([0] * 7 + [1] * 2 + [2])
     expected = compute_class_weight("balanced", classes=np.arange(3), y=targets.numpy())
     counts_N = targets.bincount()
-    assert balanced_weights(counts_N, 10, multi_label=False).tolist() == pytest.approx(expected.tolist())
+    assert SINGLE.class_weights(counts_N, 10).tolist() == pytest.approx(expected.tolist())
     several = torch.nn.functional.one_hot(targets, 3).float()
     for label in range(3):
         negative, positive = compute_class_weight("balanced", classes=np.arange(2), y=several[:, label].int().numpy())
-        assert balanced_weights(counts_N, 10, multi_label=True)[:, label].tolist() == pytest.approx([positive, negative])
+        assert MULTI.class_weights(counts_N, 10)[:, label].tolist() == pytest.approx([positive, negative])
 
 
 def test_a_class_without_samples_has_weight_one_and_does_not_affect_others() -> None:
-    assert balanced_weights(torch.tensor([3, 0, 1]), 4, multi_label=False).tolist() == pytest.approx([4 / 6, 1, 2])
-    assert balanced_weights(torch.tensor([1, 0]), 2, multi_label=True).tolist() == [[1, 1], [1, 0.5]]
+    assert SINGLE.class_weights(torch.tensor([3, 0, 1]), 4).tolist() == pytest.approx([4 / 6, 1, 2])
+    assert MULTI.class_weights(torch.tensor([1, 0]), 2).tolist() == [[1, 1], [1, 0.5]]
 
 
 @pytest.mark.parametrize("multi", [False, True])
@@ -172,12 +172,12 @@ def test_each_class_contributes_equally_to_a_balanced_loss(multi: bool) -> None:
     """At equal logits, the loss of every sample is the same, so a class contributes its weight times its number of samples."""
     targets = torch.tensor([0] * 8 + [1] * 2)
     labels = torch.nn.functional.one_hot(targets, 2).float() if multi else targets
-    weights = balanced_weights(targets.bincount(), len(targets), multi_label=multi)
+    weights = task_of(multi).class_weights(targets.bincount(), len(targets))
 
     def loss(rows: slice) -> float:
         output = Output(torch.zeros(len(labels[rows]), 2))
         batch = type("Batch", (), {"targets": labels[rows]})()
-        return float(classification_loss(output, batch, multi_label=multi, weights=weights))
+        return float(task_loss(output, batch, task_of(multi), weights))
 
     assert loss(slice(0, 8)) == pytest.approx(loss(slice(8, 10)))
     assert loss(slice(0, 10)) == pytest.approx(10 * torch.tensor(2.0).log().item())

@@ -13,6 +13,7 @@ from conftest import TINY, call, code_of, make_pairs, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tasks_of import MULTI
 
 from mopefuse.config.schema import Data
 from mopefuse.data.base import DataSet
@@ -145,7 +146,7 @@ def test_several_labels_in_one_cell_are_split(copy: Path) -> None:
     rows = [row | {"label": "a|b" if number % 2 else " c "} for number, row in enumerate(rows_of(copy, "train"))]
     write_csv(copy / "one.csv", [*rows[:-1], rows[-1] | {"label": ""}])
     data = load(copy / "one.csv", label_sep="|", val_fraction=0.2)
-    assert data.multi_label
+    assert (data.task == MULTI)
     assert data.labels == ("a", "b", "c")
     assert {labels for split in data.splits.values() for labels in split.labels} == {("a", "b"), ("c",), ()}
     assert "label is empty" in refused(copy / "one.csv", val_fraction=0.2).what

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import call, make_pairs, matrix, plain_config
+from tasks_of import SINGLE
 
 from mopefuse.config.schema import RunConfig
 from mopefuse.core.error_codes import ConfigCode
@@ -155,7 +156,7 @@ AUTO: list[dict[str, Any]] = [{"head_hidden": 0}, {"head_hidden": 8}, {"main": "
 def test_step_0_of_auto_is_the_best_baseline(data: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
     settings = config(data, **{"warm_start": "auto", "head_features": "all", "head_hidden": 8, "train__epochs": 0, **changed})
     train(settings, tmp_path / "run")
-    how = FitSettings(3, multi_label=False, threshold=0.5, balanced=False, settings=settings.linear)
+    how = FitSettings(3, SINGLE, threshold=0.5, balanced=False, settings=settings.linear)
     network = NetworkSettings(settings.head_hidden, settings.mlp.dropout, settings.seed) if settings.head_hidden else None
     folds = [features_on(tmp_path / "run", split) for split in ("train", "val", "test")]
     found = fit_baselines(folds[0], folds[1], how, network, lambda what, share: None, seed=settings.seed)

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopefuse.fusion.linear import mean_of_sigmoids, mean_of_softmaxes
 from mopefuse.fusion.wide_head import WideHead
 from mopefuse.metrics import classification as metrics
-from mopefuse.metrics.label_loss import label_loss
+from mopefuse.tasks.classification import Classification
 
 _WIDEST = 10.0  # T and 1 / T are at most this
 _STEPS = 200  # tried on either side of 1
@@ -48,46 +47,43 @@ class Calibration:
         return asdict(self)
 
 
-def calibrate(heads: Sequence[Tensor], targets: Tensor, basis: str) -> Calibration:
+def calibrate(task: Classification, heads: Sequence[Tensor], targets: Tensor, basis: str) -> Calibration:
     """Choose the temperature with the least log-loss.
 
     Args:
         heads: logits (K, N) of each head, whose probabilities are averaged.
-        targets: class indices (K,), or zeros and ones (K, N).
+        targets: of the samples.
     """
     some = slice(None, None, max(1, len(targets) // _MAX_SAMPLES))
     few, few_targets = [head_KN[some] for head_KN in heads], targets[some]
     exponents = torch.linspace(-1, 1, 2 * _STEPS + 1, dtype=torch.double)
     temperatures = sorted((_WIDEST**exponents).tolist(), key=lambda value: abs(value - 1))  # T = 1 wins ties
-    multi = targets.ndim == 2
-    best = min(temperatures, key=lambda value: _loss(_scaled(few, value, multi_label=multi), few_targets))
-    before, after = _scaled(heads, 1.0, multi_label=multi), _scaled(heads, best, multi_label=multi)
+    best = min(temperatures, key=lambda value: _loss(task, _scaled(task, few, value), few_targets))
+    before, after = _scaled(task, heads, 1.0), _scaled(task, heads, best)
     return Calibration(
         temperature=best,
         basis=basis,
         rows=len(targets),
-        error_before=calibration_error(before, targets),
-        error_after=calibration_error(after, targets),
-        loss_before=_loss(before, targets),
-        loss_after=_loss(after, targets),
+        error_before=calibration_error(task, before, targets),
+        error_after=calibration_error(task, after, targets),
+        loss_before=_loss(task, before, targets),
+        loss_after=_loss(task, after, targets),
     )
 
 
-def _scaled(heads: Sequence[Tensor], temperature: float, *, multi_label: bool) -> Tensor:
+def _scaled(task: Classification, heads: Sequence[Tensor], temperature: float) -> Tensor:
     """The logits (K, N) of the mean of the heads' probabilities at a temperature."""
     each = [head_KN / temperature for head_KN in heads]
-    if len(each) == 1:
-        return each[0]
-    return mean_of_sigmoids(*each) if multi_label else mean_of_softmaxes(*each)
+    return each[0] if len(each) == 1 else task.average(each)
 
 
-def _loss(logits_KN: Tensor, targets: Tensor) -> float:
-    return float(label_loss(logits_KN, targets, multi_label=targets.ndim == 2).double().mean())
+def _loss(task: Classification, logits_KN: Tensor, targets: Tensor) -> float:
+    return float(task.loss(logits_KN, targets).double().mean())
 
 
-def calibration_error(logits_KN: Tensor, targets: Tensor) -> float:
+def calibration_error(task: Classification, logits_KN: Tensor, targets: Tensor) -> float:
     """The expected calibration error of probabilities."""
-    return metrics.calibration(metrics.probabilities(logits_KN, multi_label=targets.ndim == 2), targets).error
+    return metrics.calibration(task.probabilities(logits_KN), targets).error
 
 
 def fold_temperature(head: nn.Module, temperature: float) -> bool:

@@ -16,10 +16,9 @@ from mopefuse.autofit.budget import Budget
 from mopefuse.autofit.features import FOLDS, Features
 from mopefuse.autofit.scores import Judge, Predictions
 from mopefuse.config.schema import RunConfig
-from mopefuse.fusion.linear import mean_of_sigmoids, mean_of_softmaxes
 from mopefuse.fusion.mlp_fit import Network, NetworkSettings, epochs_for, fit_network
 from mopefuse.fusion.regression import FitSettings, Problem, standard_state
-from mopefuse.metrics.label_loss import balanced_weights
+from mopefuse.tasks.base import Task
 from mopefuse.training.listener import Listener
 
 _LEAST_EPOCHS = 5
@@ -62,11 +61,9 @@ class Regressed(NamedTuple):
 
 def fit_settings(features: Features, labels: int, config: RunConfig) -> FitSettings:
     """The settings of a regression or an MLP."""
-    targets = features.targets
-    multi, balanced = targets.ndim == 2, config.train.class_weights == "balanced"
-    counts_N = targets.sum(dim=0) if multi else torch.bincount(targets, minlength=labels)
-    weights = balanced_weights(counts_N, len(targets), multi_label=multi) if balanced else None
-    return FitSettings(labels, multi, config.train.threshold, balanced, config.linear, weights)
+    task, targets, balanced = features.task, features.targets, config.train.class_weights == "balanced"
+    weights = task.class_weights(task.count_labels(targets, labels), len(targets)) if balanced else None
+    return FitSettings(labels, task, config.train.threshold, balanced, config.linear, weights)
 
 
 def cross_validate_regressions(
@@ -79,7 +76,7 @@ def cross_validate_regressions(
     Args:
         groups: by name, the sides whose features are concatenated.
     """
-    labels, judge = how.labels, Judge(features.targets, how.labels)
+    labels, judge = how.labels, Judge(features.task, features.targets, how.labels)
     settings = dict.fromkeys(groups, how)
     held: list[Tensor] = []
     found: dict[str, dict[float, list[Tensor]]] = {name: {} for name in groups}
@@ -124,10 +121,9 @@ def join(held: list[Tensor], logits: list[Tensor]) -> Predictions:
     return Predictions(rows_K[order], torch.cat(logits)[order])
 
 
-def average(predictions: list[Predictions], *, multi_label: bool) -> Predictions:
-    """The mean of the probabilities of several candidates for the same samples, as logits."""
-    mean = mean_of_sigmoids if multi_label else mean_of_softmaxes
-    return Predictions(predictions[0].rows_K, mean(*(one.logits_KN for one in predictions)))
+def average(predictions: list[Predictions], task: Task) -> Predictions:
+    """The mean of the predictions of several candidates for the same samples."""
+    return Predictions(predictions[0].rows_K, task.average([one.logits_KN for one in predictions]))
 
 
 class Trained(NamedTuple):

@@ -24,6 +24,7 @@ from mopefuse.data.subsets import random_order
 from mopefuse.errors import ResourceError
 from mopefuse.fusion.regression import Fold
 from mopefuse.modalities.base import get_modality
+from mopefuse.tasks.base import Task
 from mopefuse.training.listener import Listener
 from mopefuse.training.plan import Prepared
 
@@ -40,7 +41,7 @@ class Features:
 
     Args:
         tables: features (S, C) by side. missing: which samples (S,) lack a side, of sides that some lack.
-        targets: class indices (S,), or zeros and ones (S, N).
+        targets: of all samples. task: what a label is.
         groups: a digest of each sample (S,); samples with equal ones are kept in one fold.
         train_rows: number of samples of train.
     """
@@ -48,6 +49,7 @@ class Features:
     tables: dict[str, Tensor]
     missing: dict[str, Tensor]
     targets: Tensor
+    task: Task
     groups: tuple[bytes, ...]
     train_rows: int
 
@@ -114,7 +116,7 @@ def compute_features(prepared: Prepared, device: torch.device, listener: Listene
             missing[side] = torch.from_numpy(flag_S)
     targets = torch.cat([data.targets(split) for split in _JOINED])
     groups = [group for split in _JOINED for group in _groups(data.splits[split])]
-    return Features(tables, missing, targets, tuple(groups), len(data.splits["train"].rows))
+    return Features(tables, missing, targets, data.task, tuple(groups), len(data.splits["train"].rows))
 
 
 def _count_distinct(data: DataSet, splits: Sequence[str], modality: str) -> int:

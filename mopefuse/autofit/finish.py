@@ -21,6 +21,7 @@ from mopefuse.evaluation.outputs import BatchOutput
 from mopefuse.evaluation.scoring import Evaluation, score
 from mopefuse.evaluation.split import run_split, split_metrics
 from mopefuse.runs.load import Loaded, load_model
+from mopefuse.tasks.classification import Classification
 
 _ENSEMBLE = 3  # candidates that are averaged
 
@@ -35,7 +36,7 @@ def finish(context: Context, leader: str, chosen: str) -> Leaderboard:
     which = source.config().train.select
     loaded = load_model(source, which, context.device)
     # 1. The temperature becomes part of the weights.
-    calibration: Calibration | None = _calibrate(context, chosen)
+    calibration = _calibrate(context, chosen)
     if calibration is not None and not fold_temperature(loaded.model.head, calibration.temperature):
         calibration = None
     # 2. The folder becomes the run.
@@ -45,8 +46,11 @@ def finish(context: Context, leader: str, chosen: str) -> Leaderboard:
     # 3. One test.
     evaluation, logits_SN = _evaluate(context, loaded, "test")
     targets = context.data.targets("test")
-    test_score = Judge(targets, len(context.data.labels)).score(Predictions(torch.arange(len(targets)), logits_SN))
-    test = {**evaluation.metrics, "calibration_error": calibration_error(logits_SN, targets)}
+    predicted = Predictions(torch.arange(len(targets)), logits_SN)
+    test_score = Judge(context.data.task, targets, len(context.data.labels)).score(predicted)
+    test, task = dict(evaluation.metrics), context.data.task
+    if isinstance(task, Classification):
+        test["calibration_error"] = calibration_error(task, logits_SN, targets)
     board = Leaderboard(
         lines=_lines(context, leader, chosen),
         metric=context.judge.metric,
@@ -71,14 +75,16 @@ def finish(context: Context, leader: str, chosen: str) -> Leaderboard:
     return board
 
 
-def _calibrate(context: Context, chosen: str) -> Calibration:
-    """Choose the temperature by the out-of-sample predictions of a candidate."""
+def _calibrate(context: Context, chosen: str) -> Calibration | None:
+    """Choose the temperature by the out-of-sample predictions of a candidate; None for a model without probabilities."""
+    if not isinstance(context.data.task, Classification):
+        return None
     cross_validated = context.folder.entries[chosen].state == CROSS_VALIDATED
     names = [head_name(side) for side in context.modality_of] if chosen == "linear-average" else [chosen]
     found = [context.folder.predictions(name) for name in names]
     targets = context.judge.targets[found[0].rows_K]
     basis = "cross-validation" if cross_validated else "validation"
-    return calibrate([one.logits_KN for one in found], targets, basis)
+    return calibrate(context.data.task, [one.logits_KN for one in found], targets, basis)
 
 
 def _evaluate(context: Context, loaded: Loaded, split: str) -> tuple[Evaluation, Tensor]:
@@ -114,7 +120,7 @@ def _ensemble(context: Context, chosen: str) -> dict[str, Estimate]:
     best = sorted(whole, key=lambda name: -context.judge.value(whole[name]))[:_ENSEMBLE]
     if len(best) < 2:
         return {}
-    mean = average([whole[name] for name in best], multi_label=context.data.multi_label)
+    mean = average([whole[name] for name in best], context.data.task)
     entries = [context.folder.entries[name] for name in best]
     names = ", ".join(f"{reading(entry.reads)}: {entry.title}" for entry in entries)
     theirs = whole.get(chosen)

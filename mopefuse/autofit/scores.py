@@ -10,12 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor
 
 from mopefuse.metrics import bootstrap
-from mopefuse.metrics import classification as metrics
-from mopefuse.metrics.quality_gates import selected_metric
+from mopefuse.tasks.base import Task
 
 _RESAMPLES, _SEED = 400, 0
 SIMPLER_WITHIN = 1.0
@@ -51,13 +49,11 @@ class Judge:
     """Scores predictions against the true labels; standard errors are from a bootstrap over samples, paired for differences.
 
     Args:
-        targets: class indices (S,), or zeros and ones (S, N).
-        labels: N.
+        targets: of all samples. labels: N.
     """
 
-    def __init__(self, targets: Tensor, labels: int) -> None:
-        self.targets, self.labels, self.multi_label = targets, labels, targets.ndim == 2
-        self.metric = selected_metric(multi_label=self.multi_label)
+    def __init__(self, task: Task, targets: Tensor, labels: int) -> None:
+        self.task, self.targets, self.labels, self.metric = task, targets, labels, task.metric
 
     def value(self, found: Predictions) -> float:
         """The score of a candidate without its uncertainty."""
@@ -86,15 +82,7 @@ class Judge:
         return Estimate(values[0] - sum(values[1:]), float(np.concatenate(drawn).std()), len(rows_K))
 
     def _outcome(self, rows_K: Tensor, logits_KN: Tensor) -> bootstrap.Outcome:
-        actual = self.targets[rows_K]
-        if self.multi_label:
-            predicted_KN = metrics.predicted_labels(metrics.probabilities(logits_KN, multi_label=True), metrics.THRESHOLD)
-            return bootstrap.Outcome(csr_array(predicted_KN.double().numpy()), csr_array(actual.double().numpy()))
-        return bootstrap.Outcome(self._one_hot(logits_KN.argmax(dim=-1)), self._one_hot(actual))
-
-    def _one_hot(self, classes_K: Tensor) -> csr_array:
-        count = len(classes_K)
-        return csr_array((np.ones(count), (np.arange(count), classes_K.numpy())), shape=(count, self.labels))
+        return self.task.outcome(logits_KN, self.targets[rows_K])
 
 
 def choose_leader(judge: Judge, cross_validated: Mapping[str, Predictions]) -> str:

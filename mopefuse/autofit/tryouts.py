@@ -38,7 +38,7 @@ def try_regressions(context: Context) -> None:
     if all(context.is_done(candidate) for candidate in REGRESSIONS):
         return
     context.listener.on_phase("cross-validation of logistic regressions", context.budget)
-    began, multi = time.monotonic(), context.data.multi_label
+    began = time.monotonic()
     sides = tuple(context.modality_of)
     groups: dict[str, tuple[str, ...]] = {head_name(side): (side,) for side in sides}
     groups |= {"linear-comp": tuple(filter(is_comp, sides)), "linear-concat": sides}
@@ -49,7 +49,7 @@ def try_regressions(context: Context) -> None:
     heads = [found[head_name(side)] for side in sides]
     strengths = {name: [one.strength] for name, one in found.items()} | {"linear-average": [one.strength for one in heads]}
     predictions = {name: one.predictions for name, one in found.items()}
-    predictions["linear-average"] = average([one.predictions for one in heads], multi_label=multi)
+    predictions["linear-average"] = average([one.predictions for one in heads], context.data.task)
     for side in sides:
         context.folder.save_predictions(head_name(side), found[head_name(side)].predictions)
     seconds = round((time.monotonic() - began) / len(REGRESSIONS), 2)

@@ -27,7 +27,8 @@ from mopefuse.encoders.tiny import TinyEncoder
 from mopefuse.fusion.base import Fusion
 from mopefuse.modalities.base import get_modality
 from mopefuse.prompts.experts import importance_loss
-from mopefuse.training.losses import classification_loss
+from mopefuse.tasks.base import get_task
+from mopefuse.training.losses import task_loss
 from mopefuse.training.optimizer import make_optimizer, with_learning_rates
 
 LABELS = 10
@@ -140,6 +141,7 @@ class Subject:
         method = registry.load(registry.FUSION, self.config.method)
         torch.manual_seed(0)
         self.model: Fusion = method(self.config, encoders, LABELS)
+        self.model.task = get_task("single-label")
         devices.move_to_device(self.model, device)
         self.recompute = self.config.train.checkpoint_activations
         if variant.bare:
@@ -199,7 +201,7 @@ class Subject:
             else:
                 self.model.train()
                 output = self._forward(self.batch)
-                loss = classification_loss(output, self.batch, multi_label=False) / len(self.batch.index)
+                loss = task_loss(output, self.batch, self.model.task) / len(self.batch.index)
                 if output.load_LK is not None:
                     loss = loss + self.config.router.importance_weight * importance_loss(output.load_LK)
         if self.optimizer is None:

@@ -96,7 +96,7 @@ def _show_labels(report: Report) -> None:
         half = _MAX_LABELS // 2
         shown = [*counts[:half], *counts[-half:]]
     rows = [[visible(label), *(f"{count[name]:,}" for name in names)] for label, count in shown]
-    kind = ", several per row" if report.multi_label else ""
+    kind = ", several per row" if report.task == "multi-label" else ""
     part = f", the {_MAX_LABELS // 2} most frequent and rarest" if len(counts) > _MAX_LABELS else ""
     table(f"{len(counts):,} labels{kind}{part}", ["label", *names], rows)
     found = report.extremes

@@ -57,7 +57,7 @@ def evaluate(
       mopefuse eval runs/first --split val --min accuracy=0.8
     """
     from mopefuse.evaluation.missing_shares import parse_shares
-    from mopefuse.metrics.quality_gates import parse_gates
+    from mopefuse.evaluation.quality_gates import parse_gates
 
     gates = parse_gates(min_ or ())
     shares = parse_shares(missing) if missing else []
@@ -111,7 +111,7 @@ def _evaluate(run: Path, options: dict[str, Any], gates: dict[str, float], out: 
     from mopefuse.cli._render import err
     from mopefuse.core import distributed
     from mopefuse.evaluation.evaluate import evaluate as run_evaluation
-    from mopefuse.metrics.quality_gates import check_gates
+    from mopefuse.evaluation.quality_gates import check_gates
 
     split = options["split"]
     file = out or _predictions_file(run, options)
@@ -146,7 +146,7 @@ def _print_gated(metrics: dict[str, float], gates: dict[str, float], facts: dict
     """Print one JSON object, and exit with code 10 if a metric is below its gate."""
     from mopefuse.cli._render import print_json
     from mopefuse.errors import GateError
-    from mopefuse.metrics.quality_gates import check_gates
+    from mopefuse.evaluation.quality_gates import check_gates
 
     try:
         check_gates(metrics, gates)
@@ -163,7 +163,7 @@ def _evaluate_missing(
     from mopefuse.cli._render import err
     from mopefuse.core import distributed
     from mopefuse.evaluation.missing_modalities import evaluate_missing
-    from mopefuse.metrics.quality_gates import check_gates
+    from mopefuse.evaluation.quality_gates import check_gates
 
     with distributed.process_group(), err().status("loading") as status:
         advance = lambda what, done, total: status.update(f"{what}: {done}/{total}")  # noqa: E731

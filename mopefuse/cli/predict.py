@@ -189,8 +189,7 @@ def _write(predictions: Iterable[Prediction], out: Path | None, predictor: Predi
                 status.update(f"predicting: {done}")
             yield one
 
-    labels = predictor.model.labels
-    lines = as_csv(counted(), labels) if out is not None and out.suffix == ".csv" else as_jsonl(counted())
+    lines = as_csv(counted(), predictor.model) if out is not None and out.suffix == ".csv" else as_jsonl(counted())
     with err().status("predicting") as status:
         if out is not None:
             write_lines(out, lines)

@@ -112,7 +112,7 @@ def _as_dict(found: Plan) -> dict[str, Any]:
         "config": found.config.model_dump(mode="json"),
         "rows": found.rows,
         "labels": len(found.labels),
-        "multi_label": found.multi_label,
+        "task": found.task.name,
         "encoders": found.encoders,
         "preprocess": found.preprocess,
         "parameters": {
@@ -132,8 +132,7 @@ def _print_plan(found: Plan) -> None:
     console = out()
     console.print(lines(to_yaml(found.config)))
     rows = ", ".join(f"{name} {number:,}" for name, number in found.rows.items())
-    kind = "multi-label" if found.multi_label else "single-label"
-    console.print(f"data       {rows} rows; {len(found.labels)} labels, {kind}", markup=False)
+    console.print(f"data       {rows} rows; {found.task}: {found.task.describe(found.labels)}", markup=False)
     for side, spec in found.encoders.items():
         console.print(f"{side:<10} {spec}  ({_limits(found.preprocess[side])})", markup=False)
     trainable = sum(found.trainable.values())

@@ -22,7 +22,7 @@ from mopefuse.core.formatting import json_text
 from mopefuse.core.regular_files import open_regular, read_regular
 from mopefuse.errors import CheckpointError
 
-FORMAT = 1  # format version of every artifact
+FORMAT = 2  # format version of every artifact
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20  # bytes
 _WEIGHTS = (".safetensors", ".onnx", ".pt2", ".data")

@@ -1,8 +1,8 @@
 """The registry: implementations by name, as entry points, and the specs of encoders.
 
-Encoders, fusion methods, data sets and modalities are entry points of the groups below. The built-in ones are entry points
-of mopefuse's own distribution, found in the same way as those of plugins. Listing imports nothing; a name clash or a broken
-plugin is an error only when that name is loaded.
+Encoders, fusion methods, data sets, modalities and tasks are entry points of the groups below. The built-in ones are entry
+points of mopefuse's own distribution, found in the same way as those of plugins. Listing imports nothing; a name clash or a
+broken plugin is an error only when that name is loaded.
 
 A name is plain (``conditional``) or includes its distribution (``mopefuse-audio:contrast``). A plain name resolves to the
 built-in of that name, else to the plugin that provides it, if there is only one. Runs record the full name, which includes
@@ -26,8 +26,14 @@ from mopefuse.core.error_codes import ConfigCode, EncoderCode, PluginCode
 from mopefuse.errors import ConfigError, EncoderError, MopefuseError, Notice, PluginError, did_you_mean
 
 ENCODERS, FUSION, DATASETS = "mopefuse.encoders", "mopefuse.fusion", "mopefuse.datasets"
-MODALITIES = "mopefuse.modalities"
-KINDS = {ENCODERS: "encoder scheme", FUSION: "fusion method", DATASETS: "data set", MODALITIES: "modality"}
+MODALITIES, TASKS = "mopefuse.modalities", "mopefuse.tasks"
+KINDS = {
+    ENCODERS: "encoder scheme",
+    FUSION: "fusion method",
+    DATASETS: "data set",
+    MODALITIES: "modality",
+    TASKS: "task",
+}
 OURS = "mopefuse"
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # rows can be read without torch
     import torch
     from torch import Tensor
 
+    from mopefuse.tasks.base import Task
+
 SPLITS = ("train", "val", "test")
 Keys = NDArray[np.bytes_]
 
@@ -115,6 +117,7 @@ class DataSet:
     Args:
         root: folder that paths in rows are relative to.
         labels: the labels, defined by the training split or by a list of labels.
+        task: what a label is.
         image_roots: folders that may contain images and other files, `root` first.
         notices: notices for the user.
     """
@@ -122,7 +125,7 @@ class DataSet:
     root: Path
     splits: dict[str, Split]
     labels: tuple[str, ...]
-    multi_label: bool
+    task: Task
     image_roots: tuple[Path, ...] = ()
     notices: tuple[str, ...] = ()
 
@@ -147,12 +150,12 @@ class DataSet:
         return reader.read(value, self.image_roots, where=split.where(row), config=config)
 
     def targets(self, split: str) -> Tensor:
-        """Class indices (S,), or for multi-label data zeros and ones (S, N) as floats. For large data see `sparse_targets`."""
+        """The targets of a split, see `mopefuse.tasks.base.Task.targets`. For large data see `sparse_targets`."""
         return self.sparse_targets(split).dense()
 
     def sparse_targets(self, split: str) -> Targets:
         """The targets of a split in sparse form; ``sparse_targets("val")[index_B]`` is the dense target of a batch."""
-        return Targets(self.splits[split].labels, self.labels, multi_label=self.multi_label)
+        return Targets(self.splits[split].labels, self.labels, self.task)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class Report:
     splits: dict[str, dict[str, Any]]
     trained: dict[str, dict[str, int]]
     balance: dict[str, dict[str, int]]
-    multi_label: bool
+    task: str
     texts: Texts
     leaks: dict[str, dict[str, int]]
     seconds: float
@@ -127,7 +127,7 @@ class Report:
             "splits_in_training": self.trained,
             "labels": {
                 "count": len(self.balance),
-                "multi_label": self.multi_label,
+                "task": self.task,
                 **self.extremes,
                 "balance": self.balance,
             },
@@ -190,7 +190,7 @@ def check(
         splits={name: describe_split(index, _bad_rows(index)) for name, index in indexes.items()},
         trained=_count_trained(parts) if _differs_in_training(config) and not refused else {},
         balance=count_labels(indexes, labels),
-        multi_label=any(bool(index.list_S.any()) for index in indexes.values()),
+        task="multi-label" if any(bool(index.list_S.any()) for index in indexes.values()) else "single-label",
         texts=texts,
         leaks=_count_leaks(leaks, parts, reading.modalities),
         seconds=seconds,

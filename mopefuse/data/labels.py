@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:  # rows can be read without torch
     from torch import Tensor
 
+    from mopefuse.tasks.base import Task
+
 Numbers = NDArray[np.int64]
 
 
@@ -111,36 +113,29 @@ class Targets:
 
     Args:
         labels: labels of the rows. known: the labels of the model, in the order of its outputs (N).
+        task: what a label is.
 
     Raises:
         KeyError: a row has a label that the model does not know.
     """
 
-    def __init__(self, labels: Labels, known: Sequence[str], *, multi_label: bool) -> None:
-        number = {label: i for i, label in enumerate(known)}
+    def __init__(self, labels: Labels, known: Sequence[str], task: Task) -> None:
         present = np.unique(labels.code_Z)
-        number_U = np.zeros(len(labels.names), dtype=np.int64)
-        number_U[present] = [number[labels.names[code]] for code in present.tolist()]
+        encoded = task.encode([labels.names[code] for code in present.tolist()], known)
+        number_U = np.zeros(len(labels.names), dtype=encoded.dtype)
+        number_U[present] = encoded
         self.start_S1, self.label_Z = labels.start_S1, number_U[labels.code_Z]
-        self.count, self.multi_label = len(known), multi_label
+        self.count, self.task = len(known), task
 
     def __len__(self) -> int:
         return len(self.start_S1) - 1
 
     def __getitem__(self, index_B: Tensor) -> Tensor:
-        """Class indices (B,), or for multi-label data zeros and ones (B, N) as floats."""
-        import torch
-
-        start_B1, label_Y = take_rows(self.start_S1, self.label_Z, index_B.numpy())
-        if not self.multi_label:
-            return torch.from_numpy(label_Y)
-        targets_BN = torch.zeros(len(index_B), self.count)
-        rows = np.repeat(np.arange(len(index_B)), np.diff(start_B1))
-        targets_BN[torch.from_numpy(rows), torch.from_numpy(label_Y)] = 1.0
-        return targets_BN
+        """The targets of some rows, see `mopefuse.tasks.base.Task.targets`."""
+        return self.task.targets(*take_rows(self.start_S1, self.label_Z, index_B.numpy()), self.count)
 
     def dense(self) -> Tensor:
-        """The targets of all rows: class indices (S,), or zeros and ones (S, N)."""
+        """The targets of all rows."""
         import torch
 
         return self[torch.arange(len(self))]
@@ -156,7 +151,7 @@ class Targets:
         return targets_Sn
 
     def counts(self) -> Tensor:
-        """Count the rows of each label (N,)."""
+        """Count the rows of each label (N,); classification only."""
         import torch
 
         return torch.from_numpy(np.bincount(self.label_Z, minlength=self.count))

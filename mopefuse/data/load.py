@@ -26,6 +26,7 @@ from mopefuse.data.split_rows import Numbers, divide_rows
 from mopefuse.data.tables import Table, columns_in, find_tables, split_column
 from mopefuse.errors import ConfigError, DataError, Notice
 from mopefuse.modalities.base import get_modality
+from mopefuse.tasks.base import get_task
 
 
 def load_data(
@@ -57,12 +58,11 @@ def load_data(
     contradictions = notice_contradictions(indexes.values()) if training else []
     parts = divide_rows(indexes, path, config, require)
     splits = {name: _split(name, index, rows, skipped.get(name, ()), config) for name, (index, rows) in parts.items()}
-    multi_label = is_multi_label(parts)
     return DataSet(
         root=roots[0],
         splits=splits,
         labels=known_labels(roots[0], splits, config, label_warnings),
-        multi_label=multi_label,
+        task=get_task("multi-label" if is_multi_label(parts) else "single-label"),
         image_roots=roots,
         notices=(*_notices(splits, indexes, config), *label_check.notices(label_warnings), *contradictions),
     )

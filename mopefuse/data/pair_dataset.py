@@ -77,14 +77,15 @@ class PairDataset(Dataset[dict[str, Any]]):
             self.data = load_data(self.config, require=(split,))
         self.split = self.data.splits[split]
         self.labels = _labels(labels, self.data.labels)
-        self.task: Literal["single-label", "multi-label"] = "multi-label" if self.data.multi_label else "single-label"
-        self._number = {label: number for number, label in enumerate(self.labels)}
-        unknown = [label for label in self.split.labels.counts() if label not in self._number]
+        self.task = self.data.task
+        names = [*self.split.labels.counts()]
+        unknown = self.task.unknown_labels(names, self.labels)
         if unknown:
             what = f"labels that are not in `labels`: {', '.join(sorted(unknown)[:20])}"
             raise DataError(
                 DataCode.LABEL_NOT_IN_LABELS, what, where=self.split.file, fix="add them to labels, or remove the rows"
             )
+        self._number = dict(zip(names, self.task.encode(names, self.labels).tolist(), strict=True))
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -105,8 +106,7 @@ class PairDataset(Dataset[dict[str, Any]]):
             name: None if row.values[name] is None else self.data.read(self.split, row, name, self.config)
             for name in self.modalities
         }
-        numbers = [self._number[label] for label in row.labels]
-        return {"id": row.id, **values, "label": numbers if self.task == "multi-label" else numbers[0]}
+        return {"id": row.id, **values, "label": self.task.as_written([self._number[label] for label in row.labels])}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))

@@ -11,11 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from mopefuse.config.encoder_sides import is_comp
 from mopefuse.config.schema import RunConfig
@@ -28,10 +25,10 @@ from mopefuse.data.subsets import random_order
 from mopefuse.encoders.base import run_frozen
 from mopefuse.evaluation.split import prepare_samples, run_split, split_metrics
 from mopefuse.fusion.base import Fusion
-from mopefuse.metrics import classification as metrics
-from mopefuse.metrics.bootstrap import Outcome, difference
-from mopefuse.metrics.quality_gates import selected_metric
+from mopefuse.metrics.bootstrap import difference
+from mopefuse.metrics.thresholds import THRESHOLD, Thresholds
 from mopefuse.runs.load import open_run
+from mopefuse.tasks.base import Task
 
 Advance = Callable[[str, int, int], None]  # (condition, samples done, samples in all)
 MAX_SAMPLES = 2000
@@ -73,7 +70,7 @@ class Audit:
 
     Args:
         samples: number of samples that the audit used, out of `total` in the split.
-        metric: the checkpoint-selection metric.
+        task: what a label is.
         modalities: modalities of the complementary inputs. main: that of the main input; empty if the model does not read
             it, or nothing else, or reads the same modality as a complementary one.
         read: whether the model reads complementary inputs at all. alone: whether it reads nothing else.
@@ -84,13 +81,18 @@ class Audit:
     split: str
     samples: int
     total: int
-    metric: str
+    task: Task
     modalities: tuple[str, ...]
     main: str
     read: bool
     alone: bool
     same: dict[str, float]
     conditions: tuple[Condition, ...]
+
+    @property
+    def metric(self) -> str:
+        """The metric that selects checkpoints."""
+        return self.task.metric
 
     @property
     def modality(self) -> str:
@@ -115,8 +117,7 @@ class Audit:
     def _verdict(self, other: str) -> str:
         shuffled, blank_input = self.condition("shuffled", other), self.condition("blank", other)
         before, after, empty = (100 * one.metrics[self.metric] for one in (self["as is"], shuffled, blank_input))
-        name = "accuracy" if self.metric == "accuracy" else "macro-F1"
-        change = f"with another sample's {other}, {name} goes from {before:.1f} to {after:.1f} %"
+        change = f"with another sample's {other}, {self.task.metric_title} goes from {before:.1f} to {after:.1f} %"
         change += f", and with none to {empty:.1f} %"
         if self.alone and len(self.modalities) == 1:
             return f"The {other} is the only input that the model uses: {change}."
@@ -184,7 +185,7 @@ def audit_model(
     config: RunConfig,
     device: torch.device,
     *,
-    thresholds: metrics.Thresholds = metrics.THRESHOLD,
+    thresholds: Thresholds = THRESHOLD,
     max_samples: int | None = MAX_SAMPLES,
     seed: int = 0,
     as_is_SN: Tensor | None = None,
@@ -226,7 +227,7 @@ def audit_model(
         split=split,
         samples=len(samples),
         total=total,
-        metric=selected_metric(multi_label=data.multi_label),
+        task=data.task,
         modalities=tuple(sides),
         main=main,
         read=read,
@@ -285,15 +286,12 @@ def _blank_features(
 
 
 def _condition(
-    name: str, modality: str, logits_SN: Tensor, as_is_SN: Tensor, data: DataSet, split: str, thresholds: metrics.Thresholds
+    name: str, modality: str, logits_SN: Tensor, as_is_SN: Tensor, data: DataSet, split: str, thresholds: Thresholds
 ) -> Condition:
-    targets = data.targets(split)
-    actual_SN = targets.bool() if data.multi_label else one_hot(targets, logits_SN.shape[-1]).bool()
-    before_SN, after_SN = (_predicted(value, thresholds, data.multi_label) for value in (as_is_SN, logits_SN))
-    actual = _sparse(actual_SN)
-    before, after = (Outcome(_sparse(predicted_SN), actual) for predicted_SN in (before_SN, after_SN))
-    lost = difference([before], [after], selected_metric(multi_label=data.multi_label), resamples=_RESAMPLES)
-    changed = float((before_SN != after_SN).any(dim=-1).float().mean())
+    targets, task = data.targets(split), data.task
+    before, after = (task.outcome(outputs_SN, targets, thresholds) for outputs_SN in (as_is_SN, logits_SN))
+    lost = difference([before], [after], task.metric, resamples=_RESAMPLES)
+    changed = float(task.changed(as_is_SN, logits_SN, thresholds).float().mean())
     return Condition(
         name=name,
         metrics=split_metrics(logits_SN, data, split, thresholds),
@@ -305,13 +303,3 @@ def _condition(
         modality=modality,
     )
 
-
-def _sparse(labels_SN: Tensor) -> csr_array:
-    return csr_array(labels_SN.numpy().astype(np.float64))
-
-
-def _predicted(logits_SN: Tensor, thresholds: metrics.Thresholds, multi_label: bool) -> Tensor:
-    """Whether a label is predicted (S, N)."""
-    if multi_label:
-        return metrics.predicted_labels(metrics.probabilities(logits_SN, multi_label=True), thresholds)
-    return one_hot(logits_SN.argmax(dim=-1), logits_SN.shape[-1]).bool()

@@ -36,7 +36,7 @@ def evaluate(
         run: folder of a run, an adapter or a bundle; adapters and bundles need `data`.
         layout: settings of the section `data` that differ for these data, see `mopefuse.runs.load.with_data_path`.
         main, comp: other specs of the same encoders, see `mopefuse.config.encoder_sides.specs_by_side`.
-        predictions: file to write predictions to, see `mopefuse.evaluation.predictions`.
+        predictions: file to write predictions to, see `mopefuse.tasks.base.Task.prediction_lines`.
         advance: progress over files to check, then over samples.
 
     Raises:
@@ -65,7 +65,7 @@ def _evaluate_bundle(
     bundle = Bundle(folder, device)
     config = saved_config(folder / "config.yaml")
     where = with_data_path(config.data, data, layout)
-    labels = {"labels": bundle.labels, "multi_label": bundle.multi_label}
+    labels = {"labels": bundle.labels, "task": bundle.task.facts()}
     dataset, _ = load_split(where, split, labels, advance=advance)
     outputs = bundle_outputs(bundle, dataset, split, where, advance=advance)
     return score(outputs, dataset, split, bundle.thresholds, predictions=predictions, distributed_outputs=False)

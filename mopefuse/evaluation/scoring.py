@@ -19,8 +19,7 @@ from mopefuse.core.atomic_files import write_lines
 from mopefuse.data.base import DataSet
 from mopefuse.evaluation.logit_spool import Spool
 from mopefuse.evaluation.outputs import BatchOutput, ModelOutputs, is_nonfinite, require_finite
-from mopefuse.evaluation.predictions import Predicted, collect_predictions, to_json_lines
-from mopefuse.metrics import classification as metrics
+from mopefuse.metrics.thresholds import THRESHOLD, Thresholds, tuned_thresholds
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class Evaluation:
     """The metrics of a model on a split.
 
     Args:
-        per_label: precision, recall, F1 and counts of each label.
-        score_S: score of each sample, see `mopefuse.metrics.classification.Tally.by_sample`.
+        per_label: precision, recall, F1 and counts of each label, or errors of each target.
+        score_S: score of each sample, see `mopefuse.metrics.tally.Tally.by_sample`.
         load_LK: expert weights summed over the split, of a model that routes.
     """
 
@@ -44,7 +43,7 @@ def score(
     outputs: Iterable[BatchOutput],
     data: DataSet,
     split: str,
-    thresholds: metrics.Thresholds = metrics.THRESHOLD,
+    thresholds: Thresholds = THRESHOLD,
     *,
     predictions: Path | None = None,
     distributed_outputs: bool = True,
@@ -53,7 +52,7 @@ def score(
 
     Args:
         thresholds: decision thresholds of multi-label data.
-        predictions: file to write them to, see `mopefuse.evaluation.predictions`.
+        predictions: file to write them to, see `Task.prediction_lines`.
         distributed_outputs: whether `outputs` are those of this process's share of the samples; False if every process has
             the outputs of all samples.
 
@@ -61,8 +60,8 @@ def score(
         NumericError: a logit is not finite, as after training diverged; no predictions are written then.
         ResourceError: the disk is full or not writable.
     """
-    multi, targets, rows = data.multi_label, data.sparse_targets(split), data.splits[split].rows
-    tally = metrics.Tally(len(targets), len(data.labels), multi_label=multi)
+    task, targets, rows = data.task, data.sparse_targets(split), data.splits[split].rows
+    tally = task.tally(len(targets), len(data.labels))
     nonfinite_S = torch.zeros(len(targets), dtype=torch.uint8)
 
     def scored_lines() -> Iterator[str]:
@@ -71,9 +70,9 @@ def score(
             nonfinite_S[index_B] = is_nonfinite(logits_BN)
             tally.add(index_B, logits_BN, targets_of_batch, thresholds)
             if predictions is not None:
-                own = collect_predictions(index_B, logits_BN, targets_of_batch, multi_label=multi, thresholds=thresholds)
-                parts = [Predicted(*part) for part in distributed.send_to_main(own)] if distributed_outputs else [own]
-                yield from to_json_lines(parts, rows, data.labels, multi_label=multi)
+                own = task.collect(index_B, logits_BN, targets_of_batch, thresholds)
+                parts = distributed.send_to_main(own) if distributed_outputs else [own]
+                yield from task.prediction_lines(parts, rows, data.labels)
         if distributed_outputs:
             distributed.sum_over_processes(nonfinite_S)
         require_finite(nonfinite_S, data, split)
@@ -113,10 +112,10 @@ def score_tuned(outputs: ModelOutputs, data: DataSet, split: str, folder: Path) 
         load_LK = outputs.load()
 
         def tune() -> tuple[Evaluation, list[float]]:
-            tally, thresholds = metrics.Tally(count, labels, multi_label=True), []
+            tally, thresholds = data.task.tally(count, labels), []
             for first, logits_Sn in spool.blocks():
                 targets_Sn = targets.columns(first, first + logits_Sn.shape[1])
-                thresholds += (best := metrics.tuned_thresholds(logits_Sn, targets_Sn))
+                thresholds += (best := tuned_thresholds(logits_Sn, targets_Sn))
                 tally.add(torch.arange(count), logits_Sn, targets_Sn, best, first=first)
             found = Evaluation(split, tally.metrics(), tally.per_label(data.labels), tally.by_sample(), load_LK)
             return found, thresholds

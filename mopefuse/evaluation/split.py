@@ -23,7 +23,7 @@ from mopefuse.data.token_cache import TokenTable, split_tokens
 from mopefuse.evaluation.outputs import Advance, ModelOutputs, SplitOutput, collect
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import require_rows
-from mopefuse.metrics import classification as metrics
+from mopefuse.metrics.thresholds import THRESHOLD, Thresholds
 from mopefuse.modalities.base import get_modality
 
 
@@ -138,7 +138,7 @@ def _cached_features(
 
 
 def split_metrics(
-    logits_SN: Tensor, data: DataSet, split: str, thresholds: metrics.Thresholds = metrics.THRESHOLD
+    logits_SN: Tensor, data: DataSet, split: str, thresholds: Thresholds = THRESHOLD
 ) -> dict[str, float]:
     """Metrics from the logits of a split."""
-    return metrics.compute(logits_SN, data.targets(split), multi_label=data.multi_label, thresholds=thresholds)
+    return data.task.compute(logits_SN, data.targets(split), thresholds)

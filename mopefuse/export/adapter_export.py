@@ -25,7 +25,7 @@ from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import full_specs, load_encoder
 from mopefuse.fusion.model_facts import model_facts, unsaved_fingerprints
 from mopefuse.inference.bundle import KIND as BUNDLE
-from mopefuse.metrics.classification import THRESHOLD
+from mopefuse.metrics.thresholds import THRESHOLD
 from mopefuse.runs import adapter_folder
 from mopefuse.runs.locate import get_kind
 
@@ -69,7 +69,7 @@ def save_adapter(
     facts = {
         **model_facts(model, config.method),
         "labels": list(names),
-        "multi_label": model.task == "multi-label",
+        "task": model.task.facts(),
         "data": {},
         "progress": {"thresholds": each},
         "seed": config.seed,

@@ -82,7 +82,7 @@ class Maker:
         """Write all files of the bundle into `folder`; an error is raised before anything is published."""
         sides, empty = describe(self.loaded.model, folder), self.config.data.on_missing != "error"
         (folder / "preprocess.json").write_text(dump_json({"sides": sides, "empty_is_missing": empty}), encoding="utf-8")
-        labels = {"labels": self.facts["labels"], "multi_label": self.facts["multi_label"]}
+        labels = {"labels": self.facts["labels"], "task": self.facts["task"]}
         labels["thresholds"] = self.facts["progress"]["thresholds"]
         (folder / "labels.json").write_text(dump_json(labels), encoding="utf-8")
         (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
@@ -251,7 +251,7 @@ def _difference(found: Array, wanted: Array) -> float:
 
 def _predicted_labels(logits_BN: Array, bundle: Bundle) -> Array:
     """The predicted labels: a mask (B, N) for multi-label models, else the index of the most likely label (B, 1)."""
-    if bundle.multi_label:
+    if bundle.task.uses_thresholds:
         return logits_BN >= np.log(np.array(bundle.thresholds) / (1 - np.array(bundle.thresholds) + 1e-12))
     return np.asarray(logits_BN.argmax(axis=-1)[:, None])
 

@@ -116,7 +116,7 @@ def _facts(loaded: Loaded, result: Mapping[str, Any]) -> dict[str, Any]:
     manifest, labels = loaded.manifest, loaded.manifest["labels"]
     own = loaded.thresholds
     thresholds = [own] * len(labels) if isinstance(own, float) else list(own)
-    known = {key: manifest[key] for key in ("mopefuse", "method", "encoders", "labels", "multi_label", "data")}
+    known = {key: manifest[key] for key in ("mopefuse", "method", "encoders", "labels", "task", "data")}
     known["plugins"] = manifest.get("plugins", [])
     measured = {key: result[key] for key in ("metrics", "parameters", "rows") if key in result}
     return {**known, "progress": {"thresholds": thresholds}, "seed": loaded.config.seed, "metrics": {}, **measured}

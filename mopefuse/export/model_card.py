@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mopefuse.core.formatting import markdown, visible
+from mopefuse.tasks.base import task_from_facts
 
 _HEAD = """---
 library_name: mopefuse
@@ -17,7 +18,7 @@ tags:
 
 # {title}
 
-A classifier that maps {inputs} to {count} labels{several}: {labels}.
+A model that predicts {task} from {inputs}: {labels}.
 Pretrained encoders, fused by mopefuse's `{method}` method{papers}.
 
 | side | encoder | revision | weights |
@@ -80,9 +81,9 @@ def model_card(
     """
     labels = facts["labels"]
     shown = ", ".join(map(markdown, labels[:20])) + (", …" if len(labels) > 20 else "")
-    several = " (any number of them per sample)" if facts["multi_label"] else ""
+    task = task_from_facts(facts["task"]).describe(labels)
     inputs = " and ".join(dict.fromkeys(encoder["modality"] for encoder in facts["encoders"].values()))
-    labelled = {"count": len(labels), "several": several, "labels": shown}
+    labelled = {"task": task, "labels": shown}
     method = {"method": facts["method"], "papers": _PAPERS.get(facts["method"], "")}
     text = _HEAD.format(inputs=inputs, title=markdown(title), **method, **labelled)
     for side, encoder in facts["encoders"].items():

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,9 +29,7 @@ from mopefuse.errors import CheckpointError, ConfigError
 from mopefuse.fusion.collator import Collator, Requirements
 from mopefuse.fusion.output import Output as Output
 from mopefuse.fusion.regression import Advance, FitSettings, Fitted, Fold, Standard
-
-Task = Literal["single-label", "multi-label"]
-TASKS: tuple[Task, ...] = ("single-label", "multi-label")
+from mopefuse.tasks.base import Task
 
 
 class Fusion(nn.Module):
@@ -73,8 +71,8 @@ class Fusion(nn.Module):
     """N, set by `mopefuse.fusion.build.build_model`."""
     labels: tuple[str, ...] = ()
     """The names of the labels in the order of the logits, if known."""
-    task: Task = "single-label"
-    """One label for each sample (softmax, cross-entropy), or any number of them (sigmoid, binary cross-entropy)."""
+    task: Task
+    """What a label is, set by `mopefuse.fusion.build.build_model`."""
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder]) -> None:
         super().__init__()
@@ -313,7 +311,7 @@ class Fusion(nn.Module):
 
         See `mopefuse.fusion.collator.Collator`. It holds the preprocessing of the encoders and none of their weights.
         """
-        return Collator(self.readers(), self.requirements, self.num_labels, self.task == "multi-label")
+        return Collator(self.readers(), self.requirements, self.num_labels, self.task)
 
     def is_trainable(self, name: str) -> bool:
         """Whether a parameter or buffer, by its name here, is trained, saved and exported: all but the frozen encoders."""

@@ -23,7 +23,6 @@ from mopefuse.core.formatting import percent
 from mopefuse.fusion.mlp_fit import Network, NetworkSettings, epochs_for, fit_network
 from mopefuse.fusion.regression import Advance, FitSettings, Fold, Problem, score, score_by_sample, standard_state
 from mopefuse.fusion.token_reader_fit import Reading, ReadingSettings, fit_reading
-from mopefuse.metrics.label_loss import label_loss
 from mopefuse.metrics.significance import difference_in_errors, is_probably_better
 
 _FOLDS = 5
@@ -152,7 +151,7 @@ class _Comparison:
             actual: targets; default: those of all held-out samples.
         """
         logits_SN, actual = torch.cat(list(parts)), self.actual if actual is None else actual
-        loss = label_loss(logits_SN, actual, multi_label=self.how.multi_label).mean()
+        loss = self.how.task.loss(logits_SN, actual).mean()
         last = slice(-len(self.pairs[-1].out.targets), None)
         val = logits_SN[last], actual[last], self.how
         found = Baseline(

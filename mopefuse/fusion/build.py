@@ -25,8 +25,9 @@ from mopefuse.data.columns import require_column
 from mopefuse.encoders.base import Encoder, check_name, create_encoder, full_spec
 from mopefuse.encoders.preprocess import ImagePreprocess
 from mopefuse.errors import ConfigError, EncoderError, PluginError, ResourceError, did_you_mean
-from mopefuse.fusion.base import TASKS, Fusion, Task
+from mopefuse.fusion.base import Fusion
 from mopefuse.modalities import base as modality
+from mopefuse.tasks.base import Task, as_task, get_task
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -82,7 +83,7 @@ def build_fusion(
     num_labels: int | None = None,
     *,
     labels: Sequence[str] | None = None,
-    task: Task = "single-label",
+    task: str | Task = "single-label",
     method: str = "conditional",
     seed: int = 0,
     experts: int | None = None,
@@ -106,7 +107,8 @@ def build_fusion(
             that reads the main modality alone.
         num_labels: N, the number of logits; may be left out if `labels` are given.
         labels: names of the labels in the order of the logits; saved with the model by `mopefuse.save_adapter`.
-        task: "single-label" (softmax over the logits) or "multi-label" (a sigmoid of each).
+        task: what a label is: "single-label" (softmax over the logits), "multi-label" (a sigmoid of each), or the task of a
+            `mopefuse.PairDataset`.
         method: name of the fusion method, an entry point of ``mopefuse.fusion``.
         seed: seed of all weights that are not pretrained, 0 to 2**63 - 1; the random state of the caller is not changed.
         experts: prompt experts in each prompted layer, K.
@@ -123,12 +125,9 @@ def build_fusion(
     """
     given = {name: value for name, value in locals().items() if name != "other"} | other
     names, count = _label_names(num_labels, labels)
-    if task not in TASKS:
-        what = f"task must be one of {', '.join(TASKS)}, got {task!r}"
-        raise ConfigError(ConfigCode.UNKNOWN_TASK, what, where="task", fix=did_you_mean(str(task), TASKS))
     with python_names():
-        model = build_model(_config_of(given), count)
-    model.labels, model.task = names, task
+        model = build_model(_config_of(given), count, as_task(task))
+    model.labels = names
     return model
 
 
@@ -178,12 +177,13 @@ def _config_of(given: Mapping[str, Any]) -> RunConfig:
     return build_config(values, source="build_fusion", names=names)
 
 
-def build_model(config: RunConfig, num_labels: int, *, method: type[Fusion] | None = None) -> Fusion:
+def build_model(config: RunConfig, num_labels: int, task: Task | None = None, *, method: type[Fusion] | None = None) -> Fusion:
     """Build the model of a run, in evaluation mode: the same seed gives the same weights, regardless of the caller's
     random generators.
 
     Args:
-        num_labels: N, the number of logits. method: default the registered one that `config` names.
+        num_labels: N, the number of logits. task: default single-label. method: default the registered one that `config`
+            names.
     """
     method = method or _method(config)
     with _BUILDING, torch.random.fork_rng(devices=[]):
@@ -196,7 +196,7 @@ def build_model(config: RunConfig, num_labels: int, *, method: type[Fusion] | No
             if (needed := out_of_memory(error)) is None:
                 raise
             raise _too_large(config, needed) from None
-    model.num_labels = num_labels
+    model.num_labels, model.task = num_labels, task or get_task("single-label")
     return model.eval()
 
 

@@ -23,6 +23,7 @@ from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Inputs, Preprocess
 from mopefuse.errors import DataError
 from mopefuse.modalities import base as modalities
+from mopefuse.tasks.base import Task
 
 LABEL = "label"
 """The key of a row's label."""
@@ -73,13 +74,13 @@ class Collator:
 
     Args:
         readers: side to modality and preprocessing, of the sides that the model reads.
-        num_labels: N; 0 if not known. multi_label: whether a row's label is a list of indices instead of one index.
+        num_labels: N; 0 if not known. task: what a label is; without one, rows must have no labels.
     """
 
     readers: Mapping[str, tuple[str, Preprocess]]
     requirements: Requirements
     num_labels: int = 0
-    multi_label: bool = False
+    task: Task | None = None
 
     def __call__(self, images: Any = None, texts: Any = None, **more: Any) -> Batch:
         """A batch on the CPU, of values by modality or of rows.
@@ -135,30 +136,10 @@ class Collator:
                 where=f"sample {without[0]}",
                 fix="add a label to every row, or to none",
             )
+        assert self.task is not None, "a model has a task"
         for number, row in enumerate(rows):
-            self._check_label(row[LABEL], f"sample {number}")
-        if not self.multi_label:
-            return torch.tensor([row[LABEL] for row in rows], dtype=torch.int64)
-        targets_BN = torch.zeros(len(rows), self.num_labels)
-        for number, row in enumerate(rows):
-            targets_BN[number, list(row[LABEL])] = 1.0
-        return targets_BN
-
-    def _check_label(self, label: Any, where: str) -> None:
-        """Refuse a label that is not an index below N, or a list of them."""
-        is_list = isinstance(label, Sequence) and not isinstance(label, str)
-        indices = label if self.multi_label and is_list else [label]
-        if is_list == self.multi_label and all(isinstance(i, int) and not isinstance(i, bool) for i in indices):
-            wrong = [i for i in indices if not 0 <= i < (self.num_labels or i + 1)]
-            if not wrong:
-                return
-            what = f"the label is {wrong[0]}, and the model has {self.num_labels} labels"
-            raise DataError(
-                DataCode.LABEL_INDEX_OUT_OF_RANGE, what, where=where, fix=f"use indices from 0 to {self.num_labels - 1}"
-            )
-        wanted = "a list of indices, because the model is multi-label" if self.multi_label else "one index from 0"
-        fix = f"pass {wanted}; mopefuse.PairDataset does this"
-        raise DataError(DataCode.INVALID_LABEL_VALUE, f"the label is {label!r:.60}, expected {wanted}", where=where, fix=fix)
+            self.task.check_label(row[LABEL], self.num_labels, f"sample {number}")
+        return self.task.stack_labels([row[LABEL] for row in rows], self.num_labels)
 
 
 def _are_rows(values: Any) -> bool:

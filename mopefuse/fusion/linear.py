@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mopefuse.config.encoder_sides import is_comp
@@ -46,7 +44,6 @@ class LinearFusion(Fusion):
         if self.average:
             widths = {side: self.encoder(side).feature_width for side in self.uses}
             self.head = nn.ModuleDict({side: nn.Linear(width, num_labels) for side, width in widths.items()})
-            self.register_buffer("multi_label", torch.tensor(False))
 
     @classmethod
     def sides(cls, config: RunConfig) -> tuple[str, ...]:
@@ -60,29 +57,21 @@ class LinearFusion(Fusion):
         features = [self.pooled_feature(side, batch) for side in self.uses]
         if not self.average:
             return Output(self.classify(*features, batch=batch))
-        heads, multi = self.head, self.multi_label
-        assert isinstance(heads, nn.ModuleDict) and isinstance(multi, Tensor)
+        heads = self.head
+        assert isinstance(heads, nn.ModuleDict)
         normed = dict(zip(self.uses, self.standardise(*features), strict=True))
         each_BN = [
             apply_without_autocast(heads[side], self.replace_missing(side, feature_BC, batch))
             for side, feature_BC in normed.items()
         ]
-        return Output(torch.where(multi, mean_of_sigmoids(*each_BN), mean_of_softmaxes(*each_BN)))
+        return Output(self.task.average(each_BN))
+
+    def load_trainable_state_dict(self, state: Mapping[str, Tensor], *, where: str = "load_trainable_state_dict") -> None:
+        """See `Fusion.load_trainable_state_dict`; the average of earlier versions had a flag that the task now replaces."""
+        own = {name: tensor for name, tensor in state.items() if name != "multi_label"}
+        super().load_trainable_state_dict(own, where=where)
 
     def fit(self, train: Fold, val: Fold, how: FitSettings, advance: Advance) -> Fitted:
         """Fit the regression, or one for each side with `average`; see `Fusion.fit`."""
         heads = {f"head.{side}": (side,) for side in self.uses} if self.average else {"head": self.uses}
-        fitted = Fitted.of_regressions(fit_heads(heads, train, val, how, advance))
-        more = {"multi_label": torch.tensor(how.multi_label)} if self.average else {}
-        return fitted._replace(state=fitted.state | more)
-
-
-def mean_of_softmaxes(*each_BN: Tensor) -> Tensor:
-    """Logits whose softmax is the mean of the softmaxes of `each_BN`."""
-    return torch.stack([one_BN.log_softmax(dim=-1) for one_BN in each_BN]).logsumexp(dim=0)
-
-
-def mean_of_sigmoids(*each_BN: Tensor) -> Tensor:
-    """Logits whose sigmoid is the mean of the sigmoids of `each_BN`."""
-    yes_BN = torch.stack([F.logsigmoid(one_BN) for one_BN in each_BN]).logsumexp(dim=0)
-    return yes_BN - torch.stack([F.logsigmoid(-one_BN) for one_BN in each_BN]).logsumexp(dim=0)
+        return Fitted.of_regressions(fit_heads(heads, train, val, how, advance))

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mopefuse.fusion._design_matrix import Design
 from mopefuse.fusion.regression import FitSettings, Targets
-from mopefuse.metrics.label_loss import label_loss
 
 _LEARNING_RATE, _WEIGHT_DECAY = 1e-3, 1e-2  # the defaults of the method `mlp`
 _BATCH = 64
@@ -79,7 +78,7 @@ def fit_network(
     """Train an MLP by AdamW with a cosine schedule; yields its parameters after each epoch.
 
     Args:
-        targets: class indices (S,), or zeros and ones (S, N).
+        targets: of all samples.
         epochs: default: `epochs_for` the samples.
     """
     draw = torch.Generator().manual_seed(network.seed)
@@ -93,7 +92,7 @@ def fit_network(
             optimizer.param_groups[0]["lr"] = _LEARNING_RATE * (1 + math.cos(math.pi * step / total)) / 2
             kept_BH = torch.rand(len(index_B), network.hidden, generator=draw) >= network.dropout
             logits_BN = model.logits(design[index_B].float(), kept_BH / (1 - network.dropout))
-            loss_B = label_loss(logits_BN, targets[index_B], multi_label=how.multi_label, weights=how.class_weights)
+            loss_B = how.task.loss(logits_BN, targets[index_B], how.class_weights)
             optimizer.zero_grad(set_to_none=True)
             loss_B.mean().backward()
             optimizer.step()

@@ -79,15 +79,19 @@ class QMF(Fusion):
         for number, side in enumerate(self.uses):
             if side in batch.missing:
                 present_BS[:, number] = ~batch.missing[side]
-        confidence_BS = self.config.qmf.scale * energy(logits_BSN, multi_label=self.task == "multi-label")
+        confidence_BS = self.config.qmf.scale * energy(logits_BSN, several=self.task.uses_thresholds)
         weights_BS = (confidence_BS * present_BS).detach()
         fused_BN = (weights_BS[..., None] * logits_BSN).sum(dim=1)
         return Output(fused_BN, by_side=SideOutputs(logits_BSN, confidence_BS, present_BS))
 
 
-def energy(logits_BSN: Tensor, *, multi_label: bool) -> Tensor:
-    """The energy score of logits (B, S), above 0: larger for an input that resembles the training data."""
-    score_BS = F.softplus(logits_BSN).sum(dim=-1) if multi_label else logits_BSN.logsumexp(dim=-1)
+def energy(logits_BSN: Tensor, *, several: bool) -> Tensor:
+    """The energy score of logits (B, S), above 0: larger for an input that resembles the training data.
+
+    Args:
+        several: whether a sample may have several labels.
+    """
+    score_BS = F.softplus(logits_BSN).sum(dim=-1) if several else logits_BSN.logsumexp(dim=-1)
     return score_BS.clamp(min=_LEAST)
 
 

@@ -18,8 +18,8 @@ from mopefuse.data.collate import FeatureTable, TokenSource
 from mopefuse.errors import NumericError
 from mopefuse.fusion._design_matrix import Design, Side, row_blocks, statistics
 from mopefuse.fusion._logistic import LogisticRegression, Sigmoids, Softmax
-from mopefuse.metrics import classification as metrics
-from mopefuse.metrics.quality_gates import selected_metric
+from mopefuse.metrics.thresholds import THRESHOLD, Thresholds, tuned_thresholds
+from mopefuse.tasks.base import Task
 
 _NEVER = 30.0  # magnitude of the logit of a label that every or no training sample has: a probability of 1e-13
 
@@ -88,15 +88,15 @@ class FitSettings(NamedTuple):
     """Settings of a regression.
 
     Attributes:
-        labels: N.
+        labels: N. task: what a label is.
         threshold: probability above which a label is predicted (multi-label), or "tuned": one per label, on validation.
         balanced: whether every class has the same total weight, however rare.
         settings: the section `linear` of the configuration.
-        class_weights: weights of `mopefuse.metrics.label_loss.balanced_weights` if `balanced`, used by an MLP.
+        class_weights: weights of `Task.class_weights` if `balanced`, used by an MLP.
     """
 
     labels: int
-    multi_label: bool
+    task: Task
     threshold: float | str
     balanced: bool
     settings: Linear
@@ -215,21 +215,18 @@ def score(logits_SN: Tensor, actual: Tensor, how: FitSettings) -> float:
         actual: class indices (S,), or zeros and ones (S, N).
     """
     thresholds = _thresholds(logits_SN, actual, how)
-    found = metrics.compute(logits_SN, actual, multi_label=how.multi_label, thresholds=thresholds)
-    return found[selected_metric(multi_label=how.multi_label)]
+    return how.task.compute(logits_SN, actual, thresholds)[how.task.metric]
 
 
 def score_by_sample(logits_SN: Tensor, actual: Tensor, how: FitSettings) -> Tensor:
-    """Score each sample (S,), see `mopefuse.metrics.classification.Tally.by_sample`."""
-    tally = metrics.Tally(*logits_SN.shape, multi_label=how.multi_label)
-    tally.add(torch.arange(len(logits_SN)), logits_SN, actual, _thresholds(logits_SN, actual, how))
-    return tally.by_sample()
+    """Score each sample (S,), see `mopefuse.metrics.tally.Tally.by_sample`."""
+    return how.task.count(logits_SN, actual, _thresholds(logits_SN, actual, how)).by_sample()
 
 
-def _thresholds(logits_SN: Tensor, val: Tensor, how: FitSettings) -> metrics.Thresholds:
-    if how.multi_label and how.threshold == "tuned":
-        return metrics.tuned_thresholds(logits_SN, val)
-    return metrics.THRESHOLD if isinstance(how.threshold, str) else how.threshold
+def _thresholds(logits_SN: Tensor, val: Tensor, how: FitSettings) -> Thresholds:
+    if how.task.uses_thresholds and how.threshold == "tuned":
+        return tuned_thresholds(logits_SN, val)
+    return THRESHOLD if isinstance(how.threshold, str) else how.threshold
 
 
 class Problem(NamedTuple):
@@ -250,7 +247,7 @@ class Problem(NamedTuple):
     @classmethod
     def of(cls, train: Design, targets: Targets, how: FitSettings) -> Problem:
         """Set up a binary regression for each label, or one multinomial regression."""
-        return (_binary_problem if how.multi_label else _multinomial_problem)(train, targets, how)
+        return (_binary_problem if how.task.uses_thresholds else _multinomial_problem)(train, targets, how)
 
     def solve(self, strength: float, max_iter: int, advance: Callable[[float], None]) -> tuple[Tensor, Tensor]:
         """Weight (N, F) and bias (N,) for a C, in float32."""

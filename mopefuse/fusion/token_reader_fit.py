@@ -22,7 +22,6 @@ from mopefuse.fusion._design_matrix import Design
 from mopefuse.fusion.mlp_fit import Network, NetworkSettings, epochs_within
 from mopefuse.fusion.regression import FitSettings, Fold
 from mopefuse.fusion.token_reader import TokenReader
-from mopefuse.metrics.label_loss import label_loss
 
 _LEARNING_RATE, _WEIGHT_DECAY = 3e-4, 1e-2  # the defaults of the method `cross-attention`
 _BATCH, _EVALUATION_BATCH = 32, 256
@@ -127,7 +126,7 @@ class _Fit:
         weights = None if how.class_weights is None else how.class_weights.to(how.device)
         targets = self.train.targets[index_B].to(how.device)
         self.optimizer.zero_grad(set_to_none=True)
-        label_loss(logits_BN, targets, multi_label=how.multi_label, weights=weights).mean().backward()
+        how.task.loss(logits_BN, targets, weights).mean().backward()
         self.optimizer.step()
 
     @torch.no_grad()

@@ -51,7 +51,7 @@ class Bundle:
     ) -> None:
         self.folder, self.manifest = folder, manifest or _verified(folder)
         file = folder / MODELS[self.manifest["model"]]
-        self.labels, self.multi_label, thresholds = read_labels(folder)
+        self.labels, self.task, thresholds = read_labels(folder)
         self.thresholds: Sequence[float] = list(thresholds)
         self.sides, self.empty_is_missing = read_preprocess(folder)
         self.modalities = tuple(dict.fromkeys(how["modality"] for how in self.sides.values()))
@@ -148,11 +148,10 @@ class Bundle:
             raise CheckpointError(CheckpointCode.GRAPH_FAILED, what, where=str(self.folder), fix=EXPORT_AGAIN)
         return outputs
 
-    def predict_probabilities(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
-        """Probabilities (B, N) and routing; see `mopefuse.inference.predict.Model`."""
-        logits_BN, routing = self.run(self.collate(**modality.to_arguments(values)))
-        p_BN: list[list[float]] = probabilities(logits_BN, multi_label=self.multi_label).tolist()
-        return p_BN, None if routing is None else routing.tolist()
+    def predict_decoded(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
+        """Decoded outputs (B, N) and routing; see `mopefuse.inference.predict.Model`."""
+        outputs_BN, routing = self.run(self.collate(**modality.to_arguments(values)))
+        return self.task.decode(outputs_BN).tolist(), None if routing is None else routing.tolist()
 
     def check(self, inputs: Mapping[str, Array]) -> None:
         """Refuse inputs that the graph would refuse with an obscure message, or not at all.
@@ -215,12 +214,3 @@ def _check_ids(name: str, ids_BL: Array, mask_BL: Array, how: Mapping[str, Any])
         what = f"{name} has the token {ids_BL.max() if ids_BL.min() >= 0 else ids_BL.min()}; valid ids are 0 to {most - 1}"
         raise DataError(DataCode.TOKEN_OUT_OF_RANGE, what, where=name, fix="use the tokenizer of the bundle (`collate`)")
 
-
-def probabilities(logits_BN: Array, *, multi_label: bool) -> Array:
-    """Probabilities (B, N): softmax over the labels, or a sigmoid of each."""
-    logits_BN = logits_BN.astype(np.float64)
-    if multi_label:
-        small = np.exp(-np.abs(logits_BN))
-        return np.asarray(np.where(logits_BN >= 0, 1, small) / (1 + small))
-    odds = np.exp(logits_BN - logits_BN.max(axis=-1, keepdims=True))
-    return np.asarray(odds / odds.sum(axis=-1, keepdims=True))

@@ -14,6 +14,7 @@ from mopefuse.core.artifact import read_json
 from mopefuse.core.error_codes import CheckpointCode
 from mopefuse.errors import CheckpointError
 from mopefuse.modalities.pixels import INTERPOLATIONS
+from mopefuse.tasks.base import Task, task_from_facts, with_task
 
 Check = Callable[[Any], bool]
 
@@ -27,7 +28,7 @@ class Labels(NamedTuple):
     """The content of ``labels.json``; `thresholds` has one for each label."""
 
     labels: tuple[str, ...]
-    multi_label: bool
+    task: Task
     thresholds: tuple[float, ...]
 
 
@@ -37,11 +38,11 @@ def read_labels(folder: Path) -> Labels:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    found = read_json(folder / "labels.json")
-    _require(found, {"labels": _is_names, "multi_label": _is_bool, "thresholds": _is_numbers}, folder, "labels.json")
+    found = with_task(read_json(folder / "labels.json"))
+    _require(found, {"labels": _is_names, "task": _is_object, "thresholds": _is_numbers}, folder, "labels.json")
     if len(found["thresholds"]) != len(found["labels"]):
         raise _damaged(folder, "labels.json", f"{len(found['thresholds'])} thresholds of {len(found['labels'])} labels")
-    return Labels(tuple(found["labels"]), found["multi_label"], tuple(map(float, found["thresholds"])))
+    return Labels(tuple(found["labels"]), task_from_facts(found["task"]), tuple(map(float, found["thresholds"])))
 
 
 def read_preprocess(folder: Path) -> tuple[dict[str, dict[str, Any]], bool]:

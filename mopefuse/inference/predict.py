@@ -29,6 +29,7 @@ from mopefuse.errors import CheckpointError, ConfigError, DataError, MopefuseErr
 from mopefuse.inference.bundle import Bundle
 from mopefuse.modalities import base as modality
 from mopefuse.runs.locate import find_run, get_kind, locate
+from mopefuse.tasks.base import Task
 
 Prediction = dict[str, Any]
 
@@ -43,14 +44,14 @@ class Model(Protocol):
     """
 
     labels: tuple[str, ...]
-    multi_label: bool
+    task: Task
     thresholds: Sequence[float]
     modalities: tuple[str, ...]
     optional_modalities: tuple[str, ...]
     empty_is_missing: bool
 
-    def predict_probabilities(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
-        """Probabilities (B, N), and the routing weights of each sample (routed layers, experts), None without a router.
+    def predict_decoded(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
+        """What `Task.decode` returns (B, N), and the routing weights of each sample (routed layers, experts) or None.
 
         Args:
             values: by modality, B of each.
@@ -94,14 +95,15 @@ class Predictor:
         if not modality.count_samples(values):
             return []
         _require(values, self.model)
-        p_BN, weights_BLK = self.model.predict_probabilities(values)
-        if not all(map(isfinite, chain.from_iterable(p_BN))):
+        decoded_BN, weights_BLK = self.model.predict_decoded(values)
+        if not all(map(isfinite, chain.from_iterable(decoded_BN))):
             raise NumericError(
                 NumericCode.PREDICTION_NOT_FINITE,
                 "the model's prediction is NaN or infinite",
                 fix="train again, or use a different --checkpoint",
             )
-        predictions = [prediction(p_N, self.model, top) for p_N in p_BN]
+        task, labels, thresholds = self.model.task, self.model.labels, self.model.thresholds
+        predictions = [task.predict(decoded_N, labels, thresholds, top) for decoded_N in decoded_BN]
         if routing and weights_BLK is not None:
             for each, weights_LK in zip(predictions, weights_BLK, strict=True):
                 each["routing"] = weights_LK
@@ -121,16 +123,6 @@ def _require(values: Mapping[str, Sequence[Any]], model: Model) -> None:
                 what,
                 fix="remove the sample, or train with --modality-dropout (or --either, if the main modality is missing)",
             )
-
-
-def prediction(p_N: Sequence[float], model: Model, top: int | None) -> Prediction:
-    """The prediction for one sample, from the probabilities of the labels."""
-    likeliest = sorted(range(len(p_N)), key=lambda i: (-p_N[i], i))[:top]
-    probabilities = {model.labels[i]: round(p_N[i], 6) for i in likeliest}
-    if model.multi_label:
-        chosen = [label for label, p, least in zip(model.labels, p_N, model.thresholds, strict=True) if p >= least]
-        return {"labels": chosen, "probabilities": probabilities}
-    return {"label": model.labels[likeliest[0]], "probabilities": probabilities}
 
 
 def load(
@@ -300,14 +292,12 @@ def as_jsonl(predictions: Iterable[Prediction]) -> Iterator[str]:
     return (json_text(one) + "\n" for one in predictions)
 
 
-def as_csv(predictions: Iterable[Prediction], labels: Sequence[str]) -> Iterator[str]:
-    """A header, then id, label (labels separated by ``|``), the probability of each label, and the error."""
-    yield _csv_line(["id", "label", *(f"p({label})" for label in labels), "error"])
+def as_csv(predictions: Iterable[Prediction], model: Model) -> Iterator[str]:
+    """A header, then id, what is predicted (labels separated by ``|``, and the probability of each), and the error."""
+    yield _csv_line(["id", *model.task.table_header(model.labels), "error"])
     for one in predictions:
-        chosen = "|".join(one["labels"]) if "labels" in one else one.get("label", "")
-        probabilities: Mapping[str, float] = one.get("probabilities", {})
         error = one["error"]["message"] if "error" in one else ""
-        yield _csv_line([one["id"], chosen, *(probabilities.get(label, "") for label in labels), error])
+        yield _csv_line([one["id"], *model.task.table_cells(one, model.labels), error])
 
 
 def _csv_line(cells: Sequence[object]) -> str:

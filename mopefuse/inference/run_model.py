@@ -10,7 +10,6 @@ import torch
 
 from mopefuse.config.encoder_sides import Comp
 from mopefuse.core import device as devices
-from mopefuse.metrics import classification as metrics
 from mopefuse.modalities.base import to_arguments
 from mopefuse.runs.load import load_model
 from mopefuse.runs.locate import find_run
@@ -32,17 +31,17 @@ class RunModel:
         needed = {self.fusion.encoder(side).modality for side in set(self.fusion.reads) - set(self.fusion.optional_sides)}
         self.optional_modalities = tuple(name for name in self.modalities if name not in needed)
         self.empty_is_missing = loaded.config.data.on_missing != "error"
-        self.multi_label: bool = loaded.manifest["multi_label"]
+        self.task = self.fusion.task
         thresholds = loaded.thresholds
         self.thresholds: Sequence[float] = [thresholds] * len(self.labels) if isinstance(thresholds, float) else thresholds
 
     @torch.no_grad()
-    def predict_probabilities(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
-        """Probabilities (B, N) and routing; see `mopefuse.inference.predict.Model`."""
+    def predict_decoded(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
+        """Decoded outputs (B, N) and routing; see `mopefuse.inference.predict.Model`."""
         devices.flush_denormals(self.device)
         batch = self.fusion.collate(**to_arguments(values)).to(self.device)
         with devices.autocast(self.precision, self.device):
             output = self.fusion(batch)
-        p_BN = metrics.probabilities(output.logits_BN.float().cpu(), multi_label=self.multi_label)
+        decoded_BN = self.task.decode(output.logits_BN.float().cpu().numpy())
         routing = None if output.routing_BLK is None else output.routing_BLK.float().cpu().tolist()
-        return p_BN.tolist(), routing
+        return decoded_BN.tolist(), routing

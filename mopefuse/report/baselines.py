@@ -19,7 +19,6 @@ from mopefuse.config.encoder_sides import specs
 from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import DataSet
 from mopefuse.errors import MopefuseError
-from mopefuse.metrics import classification as metrics
 from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.compare import has_result, study_facts
 from mopefuse.studies.study_file import STUDY_FILE
@@ -108,7 +107,7 @@ def majority_score(data: DataSet, split: str, metric: str) -> tuple[str, float] 
     label = min(counts, key=lambda name: (-counts[name], name))
     logits_SN = torch.full((len(data.splits[split].rows), len(data.labels)), -10.0)
     logits_SN[:, data.labels.index(label)] = 10.0
-    scores = metrics.compute(logits_SN, data.targets(split), multi_label=data.multi_label)
+    scores = data.task.compute(logits_SN, data.targets(split))
     return label, scores[metric]
 
 

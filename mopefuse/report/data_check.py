@@ -74,7 +74,7 @@ def check_page(report: Report, *, name: str, summary: str, columns: Sequence[str
         kinds=_kinds(report),
         balance=_balance(report),
         later=[split for split in _LATER if split in report.splits],
-        multi_label=report.multi_label,
+        several=report.task == "multi-label",
         ratio=f"{ratio:.3g}" if ratio else "",
         texts=_texts(report),
         lengths=lengths,

@@ -15,11 +15,13 @@ from torch import Tensor
 from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import DataSet, Row
 from mopefuse.metrics import classification as measures
-from mopefuse.metrics.quality_gates import selected_metric
+from mopefuse.metrics.thresholds import Thresholds
 from mopefuse.report.baselines import Baseline
 from mopefuse.report.data_pictures import Picture
 from mopefuse.report.row_values import picture_of
 from mopefuse.report.settings import Derive
+from mopefuse.tasks.base import Task
+from mopefuse.tasks.classification import Classification
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class RunFacts:
     data: DataSet
     split: str
     logits_SN: Tensor
-    thresholds: measures.Thresholds
+    thresholds: Thresholds
     routing_SLK: Tensor | None = None
     audit: Mapping[str, Any] | None = None
     missing: Mapping[str, Any] = field(default_factory=dict)
@@ -60,14 +62,20 @@ class RunFacts:
         return self.data.labels
 
     @property
-    def multi_label(self) -> bool:
-        """Whether a sample may have several labels."""
-        return self.data.multi_label
+    def task(self) -> Task:
+        """What a label is."""
+        return self.data.task
+
+    @property
+    def classes(self) -> Classification:
+        """The task of a classifier."""
+        assert isinstance(self.task, Classification)
+        return self.task
 
     @property
     def main_metric(self) -> str:
         """The name of the metric that selects checkpoints."""
-        return selected_metric(multi_label=self.multi_label)
+        return self.task.metric
 
     @property
     def complementary_unused(self) -> bool:
@@ -86,12 +94,12 @@ class RunFacts:
     @cached_property
     def p_SN(self) -> Tensor:
         """Probabilities of the labels."""
-        return measures.probabilities(self.logits_SN, multi_label=self.multi_label)
+        return self.classes.probabilities(self.logits_SN)
 
     @cached_property
     def metrics(self) -> dict[str, float]:
         """Metrics on the split."""
-        return measures.compute(self.logits_SN, self.targets, multi_label=self.multi_label, thresholds=self.thresholds)
+        return self.task.compute(self.logits_SN, self.targets, self.thresholds)
 
     @cached_property
     def calibration(self) -> measures.Calibration:
@@ -109,8 +117,5 @@ class RunFacts:
 
     def predicted(self, number: int) -> tuple[str, ...]:
         """The labels that the model predicts for a sample."""
-        p_N = self.p_SN[number]
-        if not self.multi_label:
-            return (self.labels[int(p_N.argmax())],)
-        chosen = measures.predicted_labels(p_N.unsqueeze(0), self.thresholds)[0].tolist()
+        chosen = self.classes.chosen(self.logits_SN[number : number + 1], self.thresholds)[0].tolist()
         return tuple(label for label, yes in zip(self.labels, chosen, strict=True) if yes)

@@ -8,7 +8,6 @@ from typing import Any
 
 from mopefuse.core.formatting import percent
 from mopefuse.metrics import classification as metrics
-from mopefuse.metrics.label_loss import label_loss
 from mopefuse.report.bars import bars, heat_map, reliability
 from mopefuse.report.chart import readable, shorten
 from mopefuse.report.data_preview import draw
@@ -31,7 +30,7 @@ _CHOICES = 200  # labels that can be chosen from to filter
 
 def confusion(facts: RunFacts) -> Section | None:
     """A confusion matrix, or the pairs that are most confused; None if a sample may have several labels."""
-    if facts.multi_label:
+    if facts.task.name != "single-label":
         return None
     predicted_S, count = facts.logits_SN.argmax(dim=-1), len(facts.labels)
     if count > _CLASSES:
@@ -72,8 +71,8 @@ def confusion(facts: RunFacts) -> Section | None:
 
 def scores(facts: RunFacts) -> Section:
     """Precision, recall, F1 and support of each label."""
-    multi = facts.multi_label
-    each = metrics.per_label(facts.logits_SN, facts.targets, facts.labels, multi_label=multi, thresholds=facts.thresholds)
+    multi = facts.task.uses_thresholds
+    each = facts.task.count(facts.logits_SN, facts.targets, facts.thresholds).per_label(facts.labels)
     ordered = sorted(each, key=lambda row: (-row["support"], row["label"])) if multi or len(each) > _CLASSES else each
     left = len(ordered) - _SCORES
     table = fragment("scores", ordered[:_SCORES], "label" if multi else "class", left=max(0, left))
@@ -93,7 +92,7 @@ def calibration(facts: RunFacts) -> Section:
     found = facts.calibration
     chart = reliability("calibration", "accuracy by confidence", found.bins)
     gap = sum(count * (right - confidence) for confidence, right, count in found.bins) / sum(row[2] for row in found.bins)
-    kind = "Each label of each sample counts as a prediction. " if facts.multi_label else ""
+    kind = "Each label of each sample counts as a prediction. " if facts.task.uses_thresholds else ""
     tendency = "less confident than it could be" if gap > 0 else "more confident than it should be"
     caption = (
         f"Expected calibration error {percent(found.error)}; on average the model is {tendency} "
@@ -114,7 +113,7 @@ def examples(facts: RunFacts) -> Section:
 
 def mistakes(facts: RunFacts) -> Section | None:
     """The wrong predictions with the highest loss: a few with their pictures, more in a table."""
-    losses_S = label_loss(facts.logits_SN, facts.targets, multi_label=facts.multi_label)
+    losses_S = facts.task.loss(facts.logits_SN, facts.targets)
     labels = facts.data.splits[facts.split].labels
     order = losses_S.argsort(descending=True, stable=True).tolist()
     wrong = [number for number in order if set(facts.predicted(number)) != set(labels[number])]
@@ -143,7 +142,7 @@ def _row(facts: RunFacts, number: int, loss: float) -> dict[str, Any]:
         "text": shorten(text_of(row), _SHORT_TEXT),
         "predicted": predicted,
         "actual": row.labels,
-        "confidence": float(facts.p_SN[number].max()) if not facts.multi_label else None,
+        "confidence": float(facts.p_SN[number].max()) if not facts.task.uses_thresholds else None,
         "loss": loss,
     }
     return found | {"keys": _keys(predicted, row.labels)}

@@ -41,11 +41,11 @@ def tiles(facts: RunFacts) -> list[tuple[str, str]]:
 def task(facts: RunFacts) -> Section:
     """Data, labels, encoders, counts, and the settings that were chosen."""
     counts = facts.result.get("rows") or {name: len(split.rows) for name, split in facts.data.splits.items()}
-    kind = "any number of" if facts.multi_label else "one of"
     rows = [
         ("data", str(facts.data.root)),
         ("rows", ", ".join(f"{name} {count:,}" for name, count in counts.items())),
-        ("labels", f"{kind} {len(facts.labels):,}: {shorten(', '.join(facts.labels), _LABELS)}"),
+        ("task", str(facts.task)),
+        ("labels", f"{facts.task.describe(facts.labels)}: {shorten(', '.join(facts.labels), _LABELS)}"),
         ("method", facts.config.method),
     ]
     for side, encoder in facts.manifest["encoders"].items():
@@ -81,7 +81,7 @@ def audit(facts: RunFacts) -> Section | None:
         shown=percent,
         against=rows[0]["value"],
     )
-    score = "macro-F1" if facts.multi_label else "accuracy"
+    score = facts.task.metric_title
     body = fragment("audit", found, rows, chart, samples=samples, split=facts.split, metric=name, score=score)
     inputs = " and the ".join(filter(None, (found["modality"], found["main"])))
     return Section("audit", f"Does the model use the {inputs}?", body, (chart,))

@@ -13,7 +13,6 @@ from mopefuse.errors import CheckpointError
 from mopefuse.evaluation.audit import Audit, audit_model, subsample
 from mopefuse.evaluation.missing_modalities import saved_missing
 from mopefuse.evaluation.split import run_split
-from mopefuse.metrics.quality_gates import selected_metric
 from mopefuse.report.baselines import find_baselines
 from mopefuse.report.chart import require_charts
 from mopefuse.report.pages import check_places, save_charts, write
@@ -131,7 +130,7 @@ def _facts(
         audit=found.as_dict() if found else None,
         missing=saved_missing(folder.path, split, step),
         notes=notes,
-        baselines=find_baselines(folder, split, selected_metric(multi_label=data.multi_label)),
+        baselines=find_baselines(folder, split, data.task.metric),
         derive=lambda config: resolve_defaults(config, opened.model),
     )
     return facts, found

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mopefuse.core.error_codes import CheckpointCode
 from mopefuse.errors import CheckpointError
+from mopefuse.tasks.base import with_task
 
 
 class _Encoder(BaseModel):
@@ -36,7 +37,7 @@ class _Facts(BaseModel):
     mopefuse: str
     method: str
     labels: list[str] = Field(min_length=1)
-    multi_label: bool
+    task: dict[str, Any]
     encoders: dict[str, _Encoder]
     data: dict[str, Any]
     plugins: list[_Plugin]
@@ -51,6 +52,7 @@ def check_facts(facts: dict[str, Any], file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: a fact is missing or of the wrong type.
     """
+    facts = with_task(facts)
     try:
         _Facts.model_validate(facts)
     except ValidationError as error:

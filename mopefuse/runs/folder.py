@@ -26,10 +26,11 @@ from mopefuse.core.error_codes import CheckpointCode, ConfigCode, ResourceCode
 from mopefuse.core.folder_lock import FolderLock
 from mopefuse.errors import CheckpointError, ConfigError, ResourceError
 from mopefuse.runs.check_facts import check_facts
+from mopefuse.tasks.base import with_task
 
 KIND, CHECKPOINT, START = "run", "checkpoint", "start"
 _PROBE = ".writable"  # name of a file that is created to see whether the folder is writable
-_MODEL_FACTS = ("encoders", "labels", "multi_label")  # repeated in each checkpoint
+_MODEL_FACTS = ("encoders", "labels", "task")  # repeated in each checkpoint
 
 
 class RunFolder:
@@ -363,6 +364,7 @@ class RunFolder:
             if others and error.number != CheckpointCode.NEWER_FORMAT:
                 error.fix = f"use --checkpoint {others[-1]}"
             raise
+        manifest = with_task(manifest)
         differ = [key for key, value in self._model_facts().items() if manifest.get(key) != value]
         if differ:
             what = f"the {differ[0]} of the run differ from those of its checkpoint"

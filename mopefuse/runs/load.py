@@ -25,9 +25,10 @@ from mopefuse.errors import CheckpointError, DataError, Notice
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model
 from mopefuse.fusion.model_facts import unsaved_fingerprints
-from mopefuse.metrics import classification as metrics
+from mopefuse.metrics.thresholds import THRESHOLD, Thresholds
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.locate import find_run
+from mopefuse.tasks.base import task_from_facts
 
 Advance = Callable[[int, int], None]  # (files checked, files in all)
 
@@ -43,7 +44,7 @@ class Loaded:
     model: Fusion
     config: RunConfig
     manifest: dict[str, Any]
-    thresholds: metrics.Thresholds
+    thresholds: Thresholds
     step: int | None
 
 
@@ -101,7 +102,7 @@ def load_split(
 
     Args:
         split: must exist; None selects test, or validation if there is no test split.
-        manifest: with ``labels`` and ``multi_label`` of the model.
+        manifest: with ``labels`` and ``task`` of the model.
 
     Raises:
         DataError: no such split, bad rows, or labels that the model was not trained for.
@@ -128,8 +129,7 @@ def load_model(
     config, manifest = folder.config(), folder.manifest()
     modality_of = {side: str(facts["modality"]) for side, facts in manifest["encoders"].items()}
     config = _with_other_specs(config, specs_by_side(main, comp, modality_of), where=str(folder.path))
-    model = build_model(config, len(manifest["labels"]))
-    model.task = "multi-label" if manifest["multi_label"] else "single-label"
+    model = build_model(config, len(manifest["labels"]), task_from_facts(manifest["task"]))
     check_encoders(model, manifest, where=str(folder.path))
     path, facts = folder.checkpoint(checkpoint)
     model.load_trainable_state_dict(read_tensors(path / "weights.safetensors"), where=str(path))
@@ -165,7 +165,7 @@ def _feature_options(spec: str) -> dict[str, str]:
     return {key: value for key, value in full_spec(spec).options.items() if key not in SOURCES}
 
 
-def get_thresholds(checkpoint: Mapping[str, Any], config: RunConfig) -> metrics.Thresholds:
+def get_thresholds(checkpoint: Mapping[str, Any], config: RunConfig) -> Thresholds:
     """Decision thresholds of a checkpoint: those tuned at its validation, or the one in the configuration.
 
     Args:
@@ -174,7 +174,7 @@ def get_thresholds(checkpoint: Mapping[str, Any], config: RunConfig) -> metrics.
     if config.train.threshold != "tuned":
         return config.train.threshold
     tuned: list[float] | None = checkpoint["progress"]["thresholds"]
-    return metrics.THRESHOLD if tuned is None else tuned
+    return THRESHOLD if tuned is None else tuned
 
 
 def check_encoders(model: Fusion, manifest: Mapping[str, Any], *, where: str) -> None:
@@ -234,14 +234,14 @@ def with_labels(data: DataSet, manifest: Mapping[str, Any], split: str) -> DataS
             or the reverse.
     """
     labels = tuple(manifest["labels"])
-    unknown = sorted(data.splits[split].labels.counts().keys() - set(labels))
+    unknown = sorted(data.task.unknown_labels(data.splits[split].labels.counts(), labels))
     if unknown:
         what = f"the model was not trained for these labels: {', '.join(unknown[:20])}"
         raise DataError(
             DataCode.UNKNOWN_LABEL, what, where=split, fix="remove these rows, or train on data that has these labels"
         )
-    if data.multi_label != manifest["multi_label"]:
-        trained_as, found = ("multi-label", "single") if manifest["multi_label"] else ("single-label", "lists of")
-        what = f"the model is {trained_as}, and the data have {found} labels"
+    task = task_from_facts(manifest["task"])
+    if data.task.name != task.name:
+        what = f"the model was trained for the task {task}, and the labels are those of {data.task}"
         raise DataError(DataCode.MIXED_LABELS, what, where=split, fix="write the labels in the same form as in training")
-    return replace(data, labels=labels)
+    return replace(data, labels=labels, task=task)

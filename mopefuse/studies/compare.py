@@ -12,7 +12,6 @@ from mopefuse.core.artifact import read_json
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode
 from mopefuse.errors import CheckpointError, ConfigError, did_you_mean
 from mopefuse.metrics.bootstrap import Difference, difference
-from mopefuse.metrics.quality_gates import METRICS, selected_metric
 from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.finished_runs import (
     FinishedRun,
@@ -25,6 +24,7 @@ from mopefuse.studies.finished_runs import (
     select_same_data,
 )
 from mopefuse.studies.study_file import KIND, STUDY_FILE, unknown_label
+from mopefuse.tasks.base import all_metrics
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Comparison:
     @property
     def metrics(self) -> list[str]:
         """The metrics that the runs have, in their order."""
-        return [name for name in METRICS if name in self.rows[0].metrics["test"]]
+        return [name for name in all_metrics() if name in self.rows[0].metrics["test"]]
 
     def best(self, split: str, metric: str) -> set[str]:
         """Labels of the rows with the highest mean; of a search, of the row that validation chose."""
@@ -150,8 +150,8 @@ def compare(
         )
     require_same_test(runs)
     if metric is None:
-        metric = groups.metric or selected_metric(multi_label=runs[0].multi_label)
-    known = [name for name in METRICS if name in runs[0].result["metrics"]["test"]]
+        metric = groups.metric or runs[0].task.metric
+    known = [name for name in all_metrics() if name in runs[0].result["metrics"]["test"]]
     if metric not in known:
         raise ConfigError(
             ConfigCode.UNKNOWN_COMPARISON_METRIC,
@@ -225,7 +225,7 @@ def _row(label: str, group: Sequence[FinishedRun], all_runs: Sequence[FinishedRu
 
 def _spreads(group: Sequence[FinishedRun], split: str) -> dict[str, Spread]:
     found = [run.result["metrics"][split] or {} for run in group]
-    names = [name for name in METRICS if all(name in metrics for metrics in found)]
+    names = [name for name in all_metrics() if all(name in metrics for metrics in found)]
     return {
         name: Spread(tuple(math.nan if metrics[name] is None else metrics[name] for metrics in found)) for name in names
     }

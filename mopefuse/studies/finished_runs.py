@@ -8,14 +8,12 @@ from __future__ import annotations
 import io
 import json
 import re
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_array
 
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode
 from mopefuse.core.regular_files import open_regular
@@ -23,6 +21,7 @@ from mopefuse.errors import CheckpointError, ConfigError
 from mopefuse.metrics.bootstrap import Outcome
 from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.study_file import distinguishing_settings
+from mopefuse.tasks.base import Task, task_from_facts
 
 _EVALUATE_AGAIN = "write it again with mopefuse eval"
 
@@ -40,7 +39,7 @@ class FinishedRun:
     seed: int
     identity: dict[str, Any]
     data: dict[str, Any]
-    multi_label: bool
+    task: Task
     labels: tuple[str, ...]
     result: dict[str, Any]
 
@@ -145,7 +144,7 @@ def _read(path: Path) -> FinishedRun:
         seed=config.seed,
         identity={**distinguishing_settings(config), "start": start},
         data=manifest["data"],
-        multi_label=manifest["multi_label"],
+        task=task_from_facts(manifest["task"]),
         labels=tuple(manifest["labels"]),
         result=result,
     )
@@ -196,66 +195,57 @@ def _common_name(paths: Sequence[Path]) -> str:
 # -- predictions
 
 
-class _Prediction(NamedTuple):
-    """One line of predictions.jsonl."""
-
-    id: str
-    predicted: Sequence[str]
-    actual: Sequence[str]
-
-
-def _read_predictions(run: FinishedRun) -> Iterator[_Prediction]:
+def _read_predictions(run: FinishedRun) -> Iterator[dict[str, Any]]:
+    """The lines of predictions.jsonl, each with an id."""
     file = RunFolder(run.path).predictions_file
     try:
         with io.TextIOWrapper(open_regular(file), encoding="utf-8", newline="\n") as lines:
             for line in filter(str.strip, lines):
                 row = json.loads(line)
-                predicted, actual = (row["labels"], row["true"]) if run.multi_label else ([row["label"]], [row["true"]])
-                yield _Prediction(row["id"], predicted, actual)
+                hash(row["id"])
+                yield row
     except FileNotFoundError:
         raise CheckpointError(
             CheckpointCode.NOT_FOUND, f"file not found: {file.name}", where=str(run.path), fix=_EVALUATE_AGAIN
         ) from None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(
-            CheckpointCode.CONTENT_DAMAGED, f"{file.name} is damaged: {error}", where=str(run.path), fix=_EVALUATE_AGAIN
-        ) from None
+        raise _damaged(run, error) from None
 
 
 def sample_ids(run: FinishedRun) -> list[str]:
     """The ids of the samples (S,) that a run has predictions of."""
-    return [prediction.id for prediction in _read_predictions(run)]
+    return [row["id"] for row in _read_predictions(run)]
 
 
 def read_outcome(run: FinishedRun, ids: Sequence[str]) -> Outcome:
-    """Read the predicted and the true labels of the samples `ids`, each as a sparse table (S, N).
+    """Read the predictions for the samples `ids`, in this order.
 
     Raises:
         ConfigError: the run has predictions for other samples. CheckpointError: predictions are missing or damaged.
     """
     sample_of = {identity: sample for sample, identity in enumerate(ids)}
-    column_of = {label: column for column, label in enumerate(run.labels)}
     seen_S = np.zeros(len(ids), dtype=np.bool_)
-    pairs = [array("q") for _ in range(4)]  # rows and columns of predicted labels, and of true ones
-    try:
-        for prediction in _read_predictions(run):
-            sample = sample_of.get(prediction.id, -1)
+
+    def lines() -> Iterator[tuple[int, dict[str, Any]]]:
+        for row in _read_predictions(run):
+            sample = sample_of.get(row["id"], -1)
             if sample < 0 or seen_S[sample]:
                 raise _other_samples(run)
             seen_S[sample] = True
-            for (rows, columns), labels in zip((pairs[:2], pairs[2:]), (prediction.predicted, prediction.actual), strict=True):
-                columns.extend([column_of[label] for label in dict.fromkeys(labels)])
-                rows.extend([sample] * (len(columns) - len(rows)))
-    except (KeyError, TypeError) as error:
-        what = f"predictions.jsonl is damaged: {error}"
-        raise CheckpointError(CheckpointCode.CONTENT_DAMAGED, what, where=str(run.path), fix=_EVALUATE_AGAIN) from None
+            yield sample, row
+
+    try:
+        outcome: Outcome = run.task.read_outcome(lines(), len(ids), run.labels)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(run, error) from None
     if not seen_S.all():
         raise _other_samples(run)
-    tables = [
-        csr_array((np.ones(len(rows)), (np.array(rows), np.array(columns))), shape=(len(ids), len(column_of)))
-        for rows, columns in (pairs[:2], pairs[2:])
-    ]
-    return Outcome(*tables)
+    return outcome
+
+
+def _damaged(run: FinishedRun, error: Exception) -> CheckpointError:
+    what = f"predictions.jsonl is damaged: {error}"
+    return CheckpointError(CheckpointCode.CONTENT_DAMAGED, what, where=str(run.path), fix=_EVALUATE_AGAIN)
 
 
 def _other_samples(run: FinishedRun) -> ConfigError:

@@ -24,7 +24,6 @@ from mopefuse.core.dependencies import require
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode
 from mopefuse.data.load import load_data
 from mopefuse.errors import CheckpointError, ConfigError, Interrupted, ResourceError, did_you_mean
-from mopefuse.metrics.quality_gates import selected_metric
 from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.search_space import Axis, Search
 from mopefuse.studies.study import (
@@ -96,8 +95,7 @@ def run_search(study: Study, out: Path, *, jobs: int = 1, listener: StudyListene
     if jobs > most_jobs:
         listener.on_notice(f"running {most_jobs} at a time, not {jobs}: raise search.at_once to propose more trials at a time")
     with claim_folder(out, listener):
-        multi_label = load_data(study.trial(0, search.first())[0].config.data).multi_label
-        metric = study.file.metric or selected_metric(multi_label=multi_label)
+        metric = study.file.metric or load_data(study.trial(0, search.first())[0].config.data).task.metric
         running = _RunningSearch(study, search, out, metric=metric, jobs=jobs, listener=listener)
         with StopRequest() as stop:
             while len(running.trials) < search.trials and running.run_next(stop):

@@ -116,9 +116,9 @@ def run_study(study: Study, out: Path, *, jobs: int = 1, listener: StudyListener
         write_study(study, out, statuses)
         waiting = [status for status in statuses if status.state != FINISHED]
         if waiting and len({status.cell.config.data.path for status in waiting}) == 1:
-            metric, multi_label = study.file.metric, load_data(waiting[0].cell.config.data).multi_label
-            if metric in (("accuracy",) if multi_label else ("f1_micro", "f1_samples")):
-                what = f"metric {metric!r} is not defined for {'multi-label' if multi_label else 'single-label'} data"
+            metric, task = study.file.metric, load_data(waiting[0].cell.config.data).task
+            if metric is not None and metric not in task.metrics:
+                what = f"metric {metric!r} is not defined for {task} data"
                 fix = "remove the key `metric` to use the default metric"
                 raise ConfigError(ConfigCode.UNKNOWN_STUDY_METRIC, what, where=f"{study.name}, metric", fix=fix)
         with StopRequest() as stop:

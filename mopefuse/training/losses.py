@@ -1,4 +1,4 @@
-"""The classification loss of a batch.
+"""The loss of a batch.
 
 Shapes: B batch, S sides, N labels.
 """
@@ -11,36 +11,36 @@ from torch import Tensor
 from mopefuse.data.base import Batch
 from mopefuse.fusion.output import Output, SideOutputs
 from mopefuse.fusion.qmf import ranking_loss
-from mopefuse.metrics.label_loss import label_loss
+from mopefuse.tasks.base import Task
 
 
-def classification_loss(output: Output, batch: Batch, *, multi_label: bool, weights: Tensor | None = None) -> Tensor:
-    """Cross-entropy, or binary cross-entropy averaged over labels, summed over the batch.
+def task_loss(output: Output, batch: Batch, task: Task, weights: Tensor | None = None) -> Tensor:
+    """The loss of the task, summed over the batch.
 
     The logits of the complementary side alone (`Output.alone_BN`), if a method has them, add a loss of the same form.
 
     Args:
-        weights: class weights of `mopefuse.metrics.label_loss.balanced_weights`.
+        weights: from `Task.class_weights`.
     """
     assert batch.targets is not None
-    loss = label_loss(output.logits_BN, batch.targets, multi_label=multi_label, weights=weights).sum()
+    loss = task.loss(output.logits_BN, batch.targets, weights).sum()
     if output.alone_BN is not None:
-        loss = loss + label_loss(output.alone_BN, batch.targets, multi_label=multi_label, weights=weights).sum()
+        loss = loss + task.loss(output.alone_BN, batch.targets, weights).sum()
     return loss
 
 
 def side_loss(
-    sides: SideOutputs, batch: Batch, rank_weight: float, *, multi_label: bool, weights: Tensor | None = None
+    sides: SideOutputs, batch: Batch, rank_weight: float, task: Task, weights: Tensor | None = None
 ) -> Tensor:
-    """The classification loss of each side that samples have, and the weighted ranking loss; summed over the batch.
+    """The loss of each side that samples have, and the weighted ranking loss; summed over the batch.
 
     Args:
         rank_weight: weight of `mopefuse.fusion.qmf.ranking_loss`.
-        weights: class weights of `mopefuse.metrics.label_loss.balanced_weights`.
+        weights: from `Task.class_weights`.
     """
     targets = batch.targets
     assert targets is not None
-    each_B = [label_loss(one, targets, multi_label=multi_label, weights=weights) for one in sides.logits_BSN.unbind(1)]
+    each_B = [task.loss(one, targets, weights) for one in sides.logits_BSN.unbind(1)]
     loss_BS = torch.stack(each_B, dim=1)
     ranks = ranking_loss(sides.confidence_BS, loss_BS.detach(), sides.present_BS)
     return (loss_BS * sides.present_BS).sum() + rank_weight * ranks

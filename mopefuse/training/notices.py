@@ -36,7 +36,7 @@ def _poorly_tuned_thresholds(config: RunConfig, data: DataSet) -> Iterator[str]:
     """Thresholds tuned on few rows, or on few rows of a label, or for single-label data, which has none."""
     if config.train.threshold != "tuned":
         return
-    if not data.multi_label:
+    if not data.task.uses_thresholds:
         yield "--threshold tuned has no effect: each row has one label, and the likeliest is predicted"
         return
     labels = data.splits["val"].labels

@@ -17,8 +17,9 @@ from mopefuse.data.load import load_data
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model, check_names, full_specs, require_rows
 from mopefuse.modalities.base import get_modality
+from mopefuse.tasks.base import Task
 from mopefuse.training.listener import Listener
-from mopefuse.training.losses import classification_loss
+from mopefuse.training.losses import task_loss
 from mopefuse.training.notices import likely_mistakes
 from mopefuse.training.optimizer import with_learning_rates
 from mopefuse.training.run_facts import run_facts
@@ -58,7 +59,7 @@ class Plan:
     config: RunConfig
     rows: dict[str, int]
     labels: tuple[str, ...]
-    multi_label: bool
+    task: Task
     encoders: dict[str, str]
     preprocess: dict[str, dict[str, Any]]
     trainable: dict[str, int]
@@ -87,7 +88,7 @@ def plan(config: RunConfig, listener: Listener | None = None) -> Plan:
         config=prepared.config,
         rows={name: len(split.rows) for name, split in data.splits.items()},
         labels=data.labels,
-        multi_label=data.multi_label,
+        task=data.task,
         encoders={side: str(model.encoder(side).spec) for side in model.uses},
         preprocess={side: model.encoder(side).preprocess.describe() for side in model.uses},
         trainable=model.breakdown(),
@@ -108,8 +109,7 @@ def prepare(config: RunConfig, listener: Listener, device: torch.device | None =
     check_names(config)  # before reading data, which can take minutes
     data = _load(config, listener)
     config = _with_modalities(config, data)
-    model = build_model(config, len(data.labels))
-    model.task = "multi-label" if data.multi_label else "single-label"
+    model = build_model(config, len(data.labels), data.task)
     _require_rows(model, data)
     if device is not None:
         devices.move_to_device(model, device)
@@ -165,7 +165,7 @@ def estimate_memory(model: Fusion, data: DataSet, config: RunConfig) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        classification_loss(model(batch), batch, multi_label=data.multi_label)
+        task_loss(model(batch), batch, data.task)
     samples = config.train.batch_size / config.train.accumulate / distributed.world_size()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     trainable = sum(parameter.numel() * parameter.element_size() for parameter in model.trainable_parameters())

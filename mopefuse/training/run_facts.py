@@ -19,7 +19,7 @@ def run_facts(config: RunConfig, data: DataSet, model: Fusion) -> dict[str, Any]
     return {
         **model_facts(model, config.method),
         "labels": list(data.labels),
-        "multi_label": data.multi_label,
+        "task": data.task.facts(),
         "data": data.fingerprint(),
         "skipped": {name: [f"{problem.code} {problem}" for problem in split.skipped] for name, split in data.splits.items()},
     }

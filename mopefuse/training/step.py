@@ -16,20 +16,21 @@ from mopefuse.core import distributed
 from mopefuse.data.base import Batch
 from mopefuse.fusion.base import Fusion, Output
 from mopefuse.prompts.experts import importance_loss
-from mopefuse.training.losses import classification_loss, side_loss
+from mopefuse.tasks.base import Task
+from mopefuse.training.losses import side_loss, task_loss
 
 
 class Backward:
     """Accumulates the gradients of a global batch in the parameters of a model, on every process.
 
     Args:
-        model: on `device`. weights: class weights, see `mopefuse.metrics.label_loss.balanced_weights`.
+        model: on `device`. weights: from `Task.class_weights`.
     """
 
     def __init__(
-        self, model: Fusion, config: RunConfig, device: torch.device, *, multi_label: bool, weights: Tensor | None
+        self, model: Fusion, config: RunConfig, device: torch.device, *, task: Task, weights: Tensor | None
     ) -> None:
-        self._config, self._device, self._multi_label, self._weights = config, device, multi_label, weights
+        self._config, self._device, self._task, self._weights = config, device, task, weights
         self._forward: Any = devices.compile_as_one_graph(model) if config.train.compile else model
 
     def __call__(self, batch: Batch, batch_size: int, *, has_share: bool) -> Tensor:
@@ -56,10 +57,9 @@ class Backward:
 
     def _task_loss(self, output: Output, part: Batch) -> Tensor:
         """All losses that are sums over samples."""
-        kind: Any = {"multi_label": self._multi_label, "weights": self._weights}
-        loss = classification_loss(output, part, **kind)
+        loss = task_loss(output, part, self._task, self._weights)
         if output.by_side is not None:
-            loss = loss + side_loss(output.by_side, part, self._config.qmf.rank_weight, **kind)
+            loss = loss + side_loss(output.by_side, part, self._config.qmf.rank_weight, self._task, self._weights)
         return loss
 
     @torch.no_grad()

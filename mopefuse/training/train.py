@@ -22,7 +22,7 @@ from mopefuse.core.tensor_files import read_tensors, write_tensors
 from mopefuse.data.base import SPLITS, DataSet
 from mopefuse.errors import DataError, Interrupted, ResourceError
 from mopefuse.evaluation.scoring import Evaluation
-from mopefuse.metrics import classification as metrics
+from mopefuse.metrics.thresholds import Thresholds
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import check_encoders
 from mopefuse.training.listener import Listener
@@ -178,7 +178,7 @@ def _begin(folder: RunFolder, prepared: Prepared, origin: _Origin, listener: Lis
 def _same_run(folder: RunFolder, prepared: Prepared, facts: dict[str, Any]) -> dict[str, Any]:
     """Refuse to resume with other data or encoders than the run began with; returns its facts."""
     data = prepared.data
-    found = {"data": data.fingerprint(), "labels": list(data.labels), "multi_label": data.multi_label}
+    found = {"data": data.fingerprint(), "labels": list(data.labels), "task": data.task.facts()}
     if any(facts[key] != value for key, value in found.items()):
         what = "the data have changed since the run began"
         raise DataError(
@@ -241,7 +241,7 @@ def _finish(
     result = {
         "metrics": {"val": _validation_at(selected, folder), "test": test.metrics if test else None},
         "per_label": test.per_label if test else None,
-        "thresholds": _by_label(trainer.thresholds(), data) if data.multi_label else None,
+        "thresholds": _by_label(trainer.thresholds(), data) if data.task.uses_thresholds else None,
         "start": baselines_at_start(folder.path),
         "selected_step": selected,
         "steps": progress.step,
@@ -269,6 +269,6 @@ def _validation_at(step: int, folder: RunFolder) -> dict[str, float] | None:
     return next((line["val"] for line in reversed(lines) if "val" in line and line["step"] == step), None)
 
 
-def _by_label(thresholds: metrics.Thresholds, data: DataSet) -> dict[str, float]:
+def _by_label(thresholds: Thresholds, data: DataSet) -> dict[str, float]:
     each = [thresholds] * len(data.labels) if isinstance(thresholds, float) else thresholds
     return dict(zip(data.labels, each, strict=True))

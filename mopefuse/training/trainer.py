@@ -28,10 +28,8 @@ from mopefuse.errors import Interrupted, NumericError
 from mopefuse.evaluation.scoring import Evaluation, score, score_tuned
 from mopefuse.evaluation.split import model_outputs, prepare_samples
 from mopefuse.fusion.base import Fusion
-from mopefuse.metrics import classification as metrics
-from mopefuse.metrics.label_loss import balanced_weights
-from mopefuse.metrics.quality_gates import selected_metric
 from mopefuse.metrics.significance import LASTING, difference_in_errors, exceeds_noise
+from mopefuse.metrics.thresholds import THRESHOLD, Thresholds
 from mopefuse.prompts.usage import statistics
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import get_thresholds
@@ -111,14 +109,14 @@ class Trainer:
         self.eval_at = evaluation_steps(self.total, self.per_epoch, config.train.evals_per_epoch)
         # 3. Loss, gradients and optimizer.
         self.class_weights = self._class_weights()
-        self._backward = Backward(model, config, device, multi_label=data.multi_label, weights=self.class_weights)
+        self._backward = Backward(model, config, device, task=data.task, weights=self.class_weights)
         # collected once, because collecting them takes as long as a training step of a small head
         self._parameters = model.named_trainable_parameters()
         self.names = {id(parameter): name for name, parameter in self._parameters.items()}
         self.optimizer = make_optimizer(model, config.train)
         # 4. The state of training.
         self.progress = Progress()
-        self.metric = selected_metric(multi_label=data.multi_label)
+        self.metric = data.task.metric
         self._warned_of_collapse = False
         self._start_S: Tensor | None = None  # after a warm start: score of each validation sample at step 0
         self._train_from: dict[str, Tensor] = {}
@@ -128,8 +126,7 @@ class Trainer:
         if self.config.train.class_weights != "balanced":
             return None
         counts_N = self.data.sparse_targets("train").counts()
-        weights = balanced_weights(counts_N, len(self.train_samples), multi_label=self.data.multi_label)
-        return weights.to(self.device)
+        return self.data.task.class_weights(counts_N, len(self.train_samples)).to(self.device)
 
     # -- start and resume
 
@@ -288,11 +285,11 @@ class Trainer:
 
     def _validate(self, *, baseline: bool = False) -> None:
         outputs = model_outputs(self.model, self.data, "val", self.config, self.device, samples=self.val_samples)
-        if self.data.multi_label and self.config.train.threshold == "tuned":
+        if self.data.task.uses_thresholds and self.config.train.threshold == "tuned":
             evaluation, self.progress.thresholds = score_tuned(outputs, self.data, "val", self.run.path)
         else:
             threshold = self.config.train.threshold
-            evaluation = score(outputs, self.data, "val", metrics.THRESHOLD if threshold == "tuned" else threshold)
+            evaluation = score(outputs, self.data, "val", THRESHOLD if threshold == "tuned" else threshold)
         found = evaluation.metrics
         routing = statistics(evaluation.load_LK) if evaluation.load_LK is not None else None
         value = found[self.metric]
@@ -341,7 +338,7 @@ class Trainer:
         found: tuple[Path, dict[str, Any]] = distributed.run_on_main(lambda: self.run.checkpoint(self.config.train.select))
         return found
 
-    def thresholds(self) -> metrics.Thresholds:
+    def thresholds(self) -> Thresholds:
         """The decision thresholds of the selected checkpoint."""
         return get_thresholds(self._selected()[1], self.config)
 

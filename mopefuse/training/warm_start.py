@@ -63,7 +63,7 @@ def _settings(trainer: Trainer) -> FitSettings:
     data, config, weights = trainer.data, trainer.config, trainer.class_weights
     return FitSettings(
         labels=len(data.labels),
-        multi_label=data.multi_label,
+        task=data.task,
         threshold=config.train.threshold,
         balanced=config.train.class_weights == "balanced",
         settings=config.linear,
@@ -95,7 +95,7 @@ def _tokens(trainer: Trainer, split: str) -> TokenTable | None:
     advance = partial(trainer.listener.on_data_progress, f"{encoder.spec.name} on {split}")
     found = split_tokens(encoder, trainer.data, split, trainer.config, trainer.device, advance=advance)
     if isinstance(found, str):
-        what = "cross-attention is not among the models that are compared at the start, because the output tokens are not cached"
+        what = "cross-attention is not among the models compared at the start, because the output tokens are not cached"
         trainer.listener.on_notice(f"{what}: {found}")
         return None
     return found

@@ -99,7 +99,7 @@ def make(
         raise DataError(DataCode.BAD_PREPARE_OPTION, f"--grid cannot be {grid}", where="--grid", fix="use 2 or 3")
     config = Data(path=photos, on_missing="absent")
     data = load_data(config, require=SPLITS)
-    if data.multi_label:
+    if data.task.name != "single-label":
         what = "photo grids need photos with one label each, and these have several"
         raise DataError(DataCode.BAD_PREPARE_OPTION, what, where=photos, fix="use a different data set as --photos")
     counts = {"train": train, "val": val, "test": test}

@@ -1,4 +1,4 @@
-"""Names of metrics, and quality gates: minimum values of metrics, for scripts and continuous integration."""
+"""Quality gates: minimum values of metrics, for scripts and continuous integration."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from mopefuse.core.error_codes import ConfigCode, GateCode
 from mopefuse.errors import ConfigError, GateError, did_you_mean
-
-METRICS = ("accuracy", "f1_macro", "f1_micro", "f1_samples")
-
-
-def selected_metric(*, multi_label: bool) -> str:
-    """Name of the metric that selects the best checkpoint: accuracy, or macro-F1 for multi-label data."""
-    return "f1_macro" if multi_label else "accuracy"
+from mopefuse.tasks.base import all_metrics
 
 
 def parse_gates(texts: Sequence[str]) -> dict[str, float]:
@@ -22,12 +16,12 @@ def parse_gates(texts: Sequence[str]) -> dict[str, float]:
     Raises:
         ConfigError: not of this form, or an unknown metric.
     """
-    gates = {}
+    gates, known = {}, all_metrics()
     for text in texts:
         name, _, value = text.partition("=")
-        if name not in METRICS:
+        if name not in known:
             raise ConfigError(
-                ConfigCode.UNKNOWN_METRIC, f"unknown metric {name!r}", where="--min", fix=did_you_mean(name, METRICS)
+                ConfigCode.UNKNOWN_METRIC, f"unknown metric {name!r}", where="--min", fix=did_you_mean(name, known)
             )
         try:
             gates[name] = float(value)

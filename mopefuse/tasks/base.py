@@ -1,0 +1,289 @@
+"""What a label is. A task decides loss, targets, metrics, thresholds, and the form of a prediction.
+
+To add a task, write one module with a subclass of `Task` and name it in the entry-point group ``mopefuse.tasks``. Nothing here
+imports torch before a method needs it, because exported bundles are run without it.
+
+Shapes: B samples of a batch, S of a split, N outputs of a model for a sample, Z labels of several samples together, U names.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from numpy.typing import NDArray
+
+from mopefuse.core import registry
+from mopefuse.core.error_codes import ConfigCode, PluginCode
+from mopefuse.errors import ConfigError, PluginError, did_you_mean
+from mopefuse.metrics.thresholds import THRESHOLD, Thresholds
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mopefuse.metrics.bootstrap import Outcome
+    from mopefuse.metrics.tally import Tally
+
+Array = NDArray[Any]
+
+
+class Labelled(Protocol):
+    """A row, as far as predictions are written for it."""
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """Its labels, as they are written in the data."""
+
+
+class Task(ABC):
+    """What a label is. A task equals its name: ``model.task == "multi-label"``.
+
+    Attributes:
+        name: the name of its entry point. metric: the metric that selects checkpoints; larger is better.
+        metric_title: the same as it is written in a sentence.
+        metrics: all metrics by which runs can be compared, the most important first.
+        uses_thresholds: whether a threshold decides which labels are predicted, so that it can be tuned.
+        is_classification: whether a label is a class, so that there are probabilities, classes to balance and a calibration.
+        linear_name: name of the linear model that is fitted in closed form.
+    """
+
+    name: ClassVar[str]
+    metric: ClassVar[str]
+    metric_title: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]]
+    uses_thresholds: ClassVar[bool] = False
+    is_classification: ClassVar[bool] = True
+    linear_name: ClassVar[str] = "logistic regression"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, str):
+            return self.name == other
+        return isinstance(other, Task) and self.facts() == other.facts()
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def facts(self) -> dict[str, Any]:
+        """What a run records of the task, from which `task_from_facts` makes it again."""
+        return {"name": self.name}
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Task:
+        """The task of a run, from `facts`."""
+        return cls()
+
+    @abstractmethod
+    def describe(self, labels: Sequence[str]) -> str:
+        """Describe what is predicted in a few words, such as "one of 7 labels"."""
+
+    # -- data
+
+    @abstractmethod
+    def encode(self, names: Sequence[str], known: Sequence[str]) -> Array:
+        """Numbers (U,) that stand for labels as they are written in the data.
+
+        Args:
+            known: the labels of the model, in the order of its outputs.
+
+        Raises:
+            KeyError: a label that the model does not know.
+        """
+
+    @abstractmethod
+    def targets(self, start_B1: Array, number_Z: Array, count: int) -> Tensor:
+        """The targets of samples, the first dimension of which is B.
+
+        Args:
+            start_B1: where the numbers of each sample start in `number_Z`, and where the last ones end (B + 1,).
+            number_Z: from `encode`. count: N.
+        """
+
+    @abstractmethod
+    def unknown_labels(self, names: Iterable[str], known: Sequence[str]) -> list[str]:
+        """Those of some labels that `encode` would refuse."""
+
+    def as_written(self, labels: Sequence[Any]) -> Any:
+        """The labels of a sample in the form in which data and predictions write them: a list, or the only one."""
+        return list(labels)
+
+    @abstractmethod
+    def check_label(self, label: Any, count: int, where: str) -> None:
+        """Check the label of a row of a `mopefuse.PairDataset`.
+
+        Args:
+            count: number of labels of the model, 0 if it is not known.
+
+        Raises:
+            DataError: the model cannot learn it.
+        """
+
+    @abstractmethod
+    def stack_labels(self, labels: Sequence[Any], count: int) -> Tensor:
+        """The targets of rows of a `mopefuse.PairDataset`, as `targets` returns them."""
+
+    # -- training
+
+    @abstractmethod
+    def loss(self, outputs_BN: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The loss of each sample (B,), in float32.
+
+        Args:
+            weights: from `class_weights`.
+        """
+
+    @abstractmethod
+    def count_labels(self, targets: Tensor, labels: int) -> Tensor:
+        """Count the samples with each label (N,); classification only."""
+
+    @abstractmethod
+    def class_weights(self, counts_N: Tensor, samples: int) -> Tensor:
+        """Weights that give every class the same total weight, 1 on average over samples (scikit-learn's "balanced").
+
+        Args:
+            counts_N: number of samples with each label. samples: S.
+        """
+
+    @abstractmethod
+    def average(self, each: Sequence[Tensor]) -> Tensor:
+        """Outputs (B, N) that predict the mean of what several outputs (B, N) predict."""
+
+    # -- evaluation
+
+    @abstractmethod
+    def tally(self, samples: int, outputs: int) -> Tally:
+        """An accumulator of metrics for a split of S samples, with N outputs each."""
+
+    def count(self, outputs_SN: Tensor, targets: Tensor, thresholds: Thresholds = THRESHOLD) -> Tally:
+        """Count a whole split at once."""
+        import torch
+
+        tally = self.tally(*outputs_SN.shape)
+        tally.add(torch.arange(len(outputs_SN)), outputs_SN, targets, thresholds)
+        return tally
+
+    def compute(self, outputs_SN: Tensor, targets: Tensor, thresholds: Thresholds = THRESHOLD) -> dict[str, float]:
+        """Compute the metrics of a whole split at once."""
+        return self.count(outputs_SN, targets, thresholds).metrics()
+
+    @abstractmethod
+    def outcome(self, outputs_SN: Tensor, targets: Tensor, thresholds: Thresholds = THRESHOLD) -> Outcome:
+        """What a bootstrap over samples needs to compute `metrics`."""
+
+    @abstractmethod
+    def changed(self, before_SN: Tensor, after_SN: Tensor, thresholds: Thresholds = THRESHOLD) -> Tensor:
+        """Whether (S,) the prediction for a sample differs between two outputs."""
+
+    # -- predictions
+
+    @abstractmethod
+    def decode(self, outputs_BN: Array) -> Array:
+        """What a model predicts: the probability (B, N) of each label, or each value."""
+
+    @abstractmethod
+    def predict(
+        self, decoded_N: Sequence[float], labels: Sequence[str], thresholds: Sequence[float], top: int | None = None
+    ) -> dict[str, Any]:
+        """The prediction for a sample, from one row of `decode`.
+
+        Args:
+            top: number of labels in "probabilities", the most likely first; None for all.
+        """
+
+    @abstractmethod
+    def table_header(self, labels: Sequence[str]) -> list[str]:
+        """Columns of predictions in a table, between id and error."""
+
+    @abstractmethod
+    def table_cells(self, prediction: Mapping[str, Any], labels: Sequence[str]) -> list[Any]:
+        """The cells of a prediction under `table_header`; empty ones for a row with an error."""
+
+    @abstractmethod
+    def collect(
+        self, index_B: Tensor, outputs_BN: Tensor, targets: Tensor, thresholds: Thresholds = THRESHOLD
+    ) -> tuple[Tensor, ...]:
+        """What `prediction_lines` needs of a batch, as tensors that processes exchange; `index_B` is the first of them."""
+
+    @abstractmethod
+    def prediction_lines(
+        self, parts: Iterable[Sequence[Tensor]], rows: Sequence[Labelled], labels: Sequence[str]
+    ) -> Iterator[str]:
+        """Lines of JSON with id, prediction and true label, in the order of the split.
+
+        Args:
+            parts: what `collect` returned for one batch of each process. rows: all rows of the split.
+        """
+
+    @abstractmethod
+    def read_outcome(self, lines: Iterable[tuple[int, Mapping[str, Any]]], samples: int, labels: Sequence[str]) -> Outcome:
+        """The outcome of a split from the content of `prediction_lines`.
+
+        Args:
+            lines: the position of each sample in the outcome, and its line. samples: S.
+
+        Raises:
+            KeyError, TypeError: they are not predictions of this task.
+        """
+
+
+@cache
+def get_task(name: str) -> Task:
+    """The task of this name, before training.
+
+    Raises:
+        ConfigError: there is no such task. PluginError: the plugin that provides it cannot be used.
+    """
+    return _class(name)()
+
+
+def as_task(task: str | Task) -> Task:
+    """The task that is given by its name or as an object."""
+    return task if isinstance(task, Task) else get_task(task)
+
+
+def task_from_facts(facts: Mapping[str, Any]) -> Task:
+    """The task of a run, from `Task.facts`."""
+    return _class(facts["name"]).from_facts(facts)
+
+
+def with_task(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the task to what earlier versions recorded of a model, which only told two tasks apart, as ``multi_label``."""
+    several = facts.get("multi_label")
+    known = {"task": {"name": "multi-label" if several else "single-label"}} if isinstance(several, bool) else {}
+    return {**known, **facts}
+
+
+def task_names() -> tuple[str, ...]:
+    """The names of all tasks that are installed."""
+    return tuple(_sorted(registry.available(registry.TASKS)))
+
+
+def _sorted(names: Iterable[str]) -> list[str]:
+    """Sort the names of tasks, the most common one first."""
+    return sorted(names, key=lambda name: (name != "single-label", name))
+
+
+def all_metrics() -> tuple[str, ...]:
+    """The names of the metrics of all built-in tasks."""
+    found = registry.available(registry.TASKS).items()
+    ours = [name for name, points in found if registry.distribution(points[0]) == registry.OURS]
+    return tuple(dict.fromkeys(metric for name in _sorted(ours) for metric in get_task(name).metrics))
+
+
+def _class(name: str) -> type[Task]:
+    if not isinstance(name, str) or not registry.find_candidates(registry.TASKS, name):
+        what = f"task must be one of {', '.join(task_names())}, got {name!r}"
+        raise ConfigError(ConfigCode.UNKNOWN_TASK, what, where="task", fix=did_you_mean(str(name), task_names()))
+    found = registry.load(registry.TASKS, name)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        what = f"the task {name!r} is not a subclass of mopefuse.tasks.base.Task"
+        raise PluginError(PluginCode.NOT_A_SUBCLASS, what, fix="fix the plugin, or uninstall it")
+    return found
