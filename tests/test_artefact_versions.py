@@ -3,7 +3,8 @@
 tests/golden/format-N holds a run of that format, its adapter and their predictions. It was made there by ``mopefuse train
 --main tiny:vision --comp tiny:text --device cpu --experts 2 --batch 3 --data data --out run --steps 1`` with ``--set``
 prompts.static=1 dynamic=1 mapped=1 layers=last:2 bottleneck=2 init=1 and train.lr=0.02, then ``mopefuse export`` and
-``mopefuse predict run data/val.jsonl``. Once a version is released, the folder of its format is never made again.
+``mopefuse predict run data/val.jsonl``; format 2 from the recipe of format 1's run, with ``--compat paper`` and the same
+head. Once a version is released, the folder of its format is never made again.
 """
 
 from __future__ import annotations

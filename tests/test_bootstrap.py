@@ -12,16 +12,16 @@ from scipy.sparse import csr_array
 from sklearn.metrics import f1_score
 from tasks_of import MULTI, SINGLE
 
-from mopefuse.metrics.bootstrap import METRICS, Outcome, difference, draw_resamples
+from mopefuse.metrics.bootstrap import METRICS, LabelOutcome, difference, draw_resamples
 
 LABELS = 5
 
 
-def outcome(predicted: np.ndarray, actual: np.ndarray) -> Outcome:
-    return Outcome(csr_array(predicted.astype(float)), csr_array(actual.astype(float)))
+def outcome(predicted: np.ndarray, actual: np.ndarray) -> LabelOutcome:
+    return LabelOutcome(csr_array(predicted.astype(float)), csr_array(actual.astype(float)))
 
 
-def single(samples: int, share: float, seed: int) -> Outcome:
+def single(samples: int, share: float, seed: int) -> LabelOutcome:
     """A classifier that is right with a probability of about `share`; the true labels do not depend on the seed."""
     true = np.random.default_rng(0).integers(0, LABELS, samples)
     random = np.random.default_rng(seed)
@@ -29,7 +29,7 @@ def single(samples: int, share: float, seed: int) -> Outcome:
     return outcome(np.eye(LABELS)[predicted], np.eye(LABELS)[true])
 
 
-def multi(samples: int, noise: float, seed: int) -> Outcome:
+def multi(samples: int, noise: float, seed: int) -> LabelOutcome:
     """Several labels per sample, or none; the fourth is rare and the fifth never true."""
     true = np.random.default_rng(0).random((samples, LABELS)) < np.array([0.5, 0.3, 0.2, 0.02, 0.0])
     return outcome(true ^ (np.random.default_rng(seed).random(true.shape) < noise), true)
@@ -51,10 +51,10 @@ def test_without_resampling_a_multi_label_metric_equals_that_of_training(metric:
     assert METRICS[metric](run, np.ones((1, 80)))[0] == pytest.approx(expected, abs=1e-12)
 
 
-def by_hand(ours: list[Outcome], theirs: list[Outcome], metric: str, resamples: int, seed: int) -> list[float]:
+def by_hand(ours: list[LabelOutcome], theirs: list[LabelOutcome], metric: str, resamples: int, seed: int) -> list[float]:
     """Compute differences on resamples one by one, with scikit-learn on the samples that were drawn."""
 
-    def score(run: Outcome, chosen: np.ndarray) -> float:
+    def score(run: LabelOutcome, chosen: np.ndarray) -> float:
         predicted, true = (table.toarray().astype(bool)[chosen] for table in (run.predicted_SN, run.actual_SN))
         if metric == "accuracy":
             return float(np.mean([(s == t).all() for s, t in zip(predicted, true, strict=True)]))

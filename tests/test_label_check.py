@@ -268,14 +268,14 @@ def test_cells_with_a_separator_are_refused_by_train_with_the_flag(tmp_path: Pat
     assert "are joined with" in html.read_text() and "--label-sep" in html.read_text()
 
 
-def test_a_column_of_prices_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
+def test_a_column_of_prices_is_refused_as_classes_unless_it_is_allowed(tmp_path: Path) -> None:
     path = table(tmp_path / "data", prices(40))
-    refused = train(path, tmp_path / "no")
-    assert (refused.returncode, "--label-col" in refused.stderr) == (4, True)
+    refused = train(path, tmp_path / "no", "--task", "single-label")
+    assert (refused.returncode, "--task regression" in refused.stderr) == (4, True)
     alone = train(path, tmp_path / "no", "--allow-odd-labels")
     assert "no row of train can be held out for val" in alone.stderr
     table(path.parent, prices(40) * 2)
-    assert train(path, tmp_path / "no").returncode == 4
+    assert train(path, tmp_path / "no", "--task", "single-label").returncode == 4
     done = train(path, tmp_path / "run", "--allow-odd-labels")
     assert done.returncode == 0, done.stderr
     assert "labels: labels are numbers" in done.stderr
@@ -283,6 +283,7 @@ def test_a_column_of_prices_is_refused_unless_it_is_allowed(tmp_path: Path) -> N
     (path.parent / "labels.txt").write_text("".join(f"{price}\n" for price in dict.fromkeys(prices(40))))
     done = train(path, tmp_path / "listed")
     assert (done.returncode, "labels:" in done.stderr) == (0, False), "a labels file states which labels are intended"
+    assert "task: single-label, one of 40 labels" in done.stderr
 
 
 def test_check_and_train_warn_about_spellings_and_misspellings(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from mopefuse.encoders.base import create_encoder
 from mopefuse.encoders.frozen import encode_pooled
 from mopefuse.errors import ConfigError
 from mopefuse.fusion._design_matrix import Design, Side, statistics
-from mopefuse.fusion.regression import FitSettings, Fold, Regression, fit_heads, fit_regression
+from mopefuse.fusion.regression import FitSettings, Fold, LinearHead, fit_heads, fit_regression
 from mopefuse.runs.folder import RunFolder
 from mopefuse.training.listener import Listener
 from mopefuse.training.train import train
@@ -163,7 +163,7 @@ def design(x: torch.Tensor, labels: int = 3) -> Design:
     return Design([Side(x, known)], len(x), labels)
 
 
-def fit(x: torch.Tensor, y: torch.Tensor, val_x: torch.Tensor, val_y: torch.Tensor, wanted: FitSettings) -> Regression:
+def fit(x: torch.Tensor, y: torch.Tensor, val_x: torch.Tensor, val_y: torch.Tensor, wanted: FitSettings) -> LinearHead:
     return fit_regression(design(x, wanted.labels), y, design(val_x, wanted.labels), val_y, wanted)
 
 

@@ -18,7 +18,8 @@ from test_fusion import TEXTS, build, images, open_gates
 from test_tuned import ALL, predict_logits, sides
 from torch import Tensor, nn
 
-from mopefuse.config.schema import Lora, RunConfig
+from mopefuse.config.method_settings import Lora
+from mopefuse.config.schema import RunConfig
 from mopefuse.core.tensor_files import read_tensors
 from mopefuse.data.load import load_data
 from mopefuse.encoders.base import Encoder, Inputs, Prompt, create_encoder

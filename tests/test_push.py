@@ -383,7 +383,7 @@ SPOILT: dict[str, tuple[dict[str, Any], str]] = {  # name of a file to its conte
         "does not hold a mopefuse model",
     ),
     "a newer format": (
-        {"manifest.json": lambda text: text.replace(b": 1,", b": 99,", 1)},
+        {"manifest.json": lambda text: text.replace(b'"format": 2,', b'"format": 99,', 1)},
         "written by a newer version of mopefuse",
     ),
 }

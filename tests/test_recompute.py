@@ -18,7 +18,7 @@ from test_lora import learn
 from test_train import assert_same_run, config, data  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from mopefuse.config.schema import Lora
+from mopefuse.config.method_settings import Lora
 from mopefuse.encoders.base import Encoder, InsertedTokens, Prompt, create_encoder
 from mopefuse.fusion.base import Fusion
 from mopefuse.training.train import train

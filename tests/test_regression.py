@@ -25,7 +25,7 @@ from mopefuse.errors import NumericError
 from mopefuse.fusion import _design_matrix, _logistic
 from mopefuse.fusion._design_matrix import Design, Side
 from mopefuse.fusion._lbfgs import Evaluation, minimise
-from mopefuse.fusion.regression import FitSettings, Fold, Regression, fit_heads, fit_regression
+from mopefuse.fusion.regression import FitSettings, Fold, LinearHead, fit_heads, fit_regression
 from mopefuse.fusion.regression import _binary_problem as binary_problem
 from mopefuse.fusion.regression import _multinomial_problem as multinomial_problem
 
@@ -212,7 +212,7 @@ def test_constant_labels_do_not_affect_the_others() -> None:
     assert not among.weight_NF[[0, 3]].any()
 
 
-def fit(x: Tensor, y: Tensor, wanted: FitSettings) -> Regression:
+def fit(x: Tensor, y: Tensor, wanted: FitSettings) -> LinearHead:
     return fit_regression(design(x, wanted.labels), y, design(x, wanted.labels), y, wanted)
 
 

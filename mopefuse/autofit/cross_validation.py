@@ -17,8 +17,9 @@ from mopefuse.autofit.features import FOLDS, Features
 from mopefuse.autofit.scores import Judge, Predictions
 from mopefuse.config.schema import RunConfig
 from mopefuse.fusion.mlp_fit import Network, NetworkSettings, epochs_for, fit_network
-from mopefuse.fusion.regression import FitSettings, Problem, standard_state
+from mopefuse.fusion.regression import FitSettings, set_up, standard_state
 from mopefuse.tasks.base import Task
+from mopefuse.tasks.classification import Classification
 from mopefuse.training.listener import Listener
 
 _LEAST_EPOCHS = 5
@@ -62,7 +63,9 @@ class Regressed(NamedTuple):
 def fit_settings(features: Features, labels: int, config: RunConfig) -> FitSettings:
     """The settings of a regression or an MLP."""
     task, targets, balanced = features.task, features.targets, config.train.class_weights == "balanced"
-    weights = task.class_weights(task.count_labels(targets, labels), len(targets)) if balanced else None
+    weights = None
+    if balanced and isinstance(task, Classification):
+        weights = task.class_weights(task.count_labels(targets, labels), len(targets))
     return FitSettings(labels, task, config.train.threshold, balanced, config.linear, weights)
 
 
@@ -85,7 +88,7 @@ def cross_validate_regressions(
         for name, sides in groups.items():
             known = {side: train.statistics(side) for side in sides}
             design, held_design = train.design(known, labels), test.design(known, labels)
-            problem = Problem.of(design, train.targets, how)
+            problem = set_up(design, train.targets, how)
             for strength in sorted(settings[name].settings.strengths):
                 weights = problem.solve(strength, how.settings.max_iter, lambda share: None)
                 found[name].setdefault(strength, []).append(held_design.logits(*weights))

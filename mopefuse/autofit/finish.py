@@ -47,7 +47,7 @@ def finish(context: Context, leader: str, chosen: str) -> Leaderboard:
     evaluation, logits_SN = _evaluate(context, loaded, "test")
     targets = context.data.targets("test")
     predicted = Predictions(torch.arange(len(targets)), logits_SN)
-    test_score = Judge(context.data.task, targets, len(context.data.labels)).score(predicted)
+    test_score = Judge(context.data.task, targets, context.data.outputs).score(predicted)
     test, task = dict(evaluation.metrics), context.data.task
     if isinstance(task, Classification):
         test["calibration_error"] = calibration_error(task, logits_SN, targets)

@@ -118,7 +118,7 @@ def _set_up(
         data=prepared.data,
         modality_of={side: model.encoder(side).modality for side in model.uses},
         features=features,
-        judge=Judge(features.task, features.targets, len(prepared.data.labels)),
+        judge=Judge(features.task, features.targets, prepared.data.outputs),
     )
 
 

@@ -58,7 +58,7 @@ class Judge:
     def value(self, found: Predictions) -> float:
         """The score of a candidate without its uncertainty."""
         outcome = self._outcome(found.rows_K, found.logits_KN)
-        return float(bootstrap.METRICS[self.metric](outcome, np.ones((1, len(found.rows_K))))[0])
+        return float(outcome.measure(self.metric, np.ones((1, len(found.rows_K))))[0])
 
     def score(self, found: Predictions) -> Estimate:
         """The score of a candidate on the samples that it predicted."""
@@ -73,12 +73,11 @@ class Judge:
     def _estimate(self, rows_K: Tensor, logits: Sequence[Tensor]) -> Estimate:
         """The score of the first logits, less that of the second if there are two."""
         outcomes = [self._outcome(rows_K, logits_KN) for logits_KN in logits]
-        measure = bootstrap.METRICS[self.metric]
         whole, drawn = np.ones((1, len(rows_K))), []
         for weights_RK in bootstrap.draw_resamples(len(rows_K), _RESAMPLES, _SEED, labels=self.labels):
-            each = [measure(outcome, weights_RK) for outcome in outcomes]
+            each = [outcome.measure(self.metric, weights_RK) for outcome in outcomes]
             drawn.append(each[0] - each[1] if len(each) > 1 else each[0])
-        values = [float(measure(outcome, whole)[0]) for outcome in outcomes]
+        values = [float(outcome.measure(self.metric, whole)[0]) for outcome in outcomes]
         return Estimate(values[0] - sum(values[1:]), float(np.concatenate(drawn).std()), len(rows_K))
 
     def _outcome(self, rows_K: Tensor, logits_KN: Tensor) -> bootstrap.Outcome:

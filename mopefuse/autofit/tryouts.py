@@ -44,7 +44,7 @@ def try_regressions(context: Context) -> None:
     groups |= {"linear-comp": tuple(filter(is_comp, sides)), "linear-concat": sides}
     config = REGRESSIONS[-1].config(context.values, {"linear": {"max_iter": _MAX_ITER}})
     clock = FoldClock("logistic regressions", context.budget, context.listener, _REGRESSION_SHARE)
-    how = fit_settings(context.features, len(context.data.labels), config)
+    how = fit_settings(context.features, context.data.outputs, config)
     found = cross_validate_regressions(context.features, how, groups, clock)
     heads = [found[head_name(side)] for side in sides]
     strengths = {name: [one.strength] for name, one in found.items()} | {"linear-average": [one.strength for one in heads]}
@@ -65,7 +65,7 @@ def head_name(side: str) -> str:
 
 
 def _count_trainable(context: Context, candidate: Candidate) -> int:
-    return sum(build_model(candidate.config(context.values), len(context.data.labels)).breakdown().values())
+    return sum(build_model(candidate.config(context.values), context.data.outputs, context.data.task).breakdown().values())
 
 
 def try_network(context: Context, candidate: Candidate) -> None:
@@ -77,7 +77,7 @@ def try_network(context: Context, candidate: Candidate) -> None:
     share = _NETWORK_SHARE if candidate is NETWORKS[0] else _VARIANT_SHARE
     clock = FoldClock(candidate.title, context.budget, context.listener, share)
     config = candidate.config(context.values)
-    how = fit_settings(context.features, len(context.data.labels), config)
+    how = fit_settings(context.features, context.data.outputs, config)
     network = NetworkSettings(config.head_hidden, config.mlp.dropout, config.seed)
     found = cross_validate_network(context.features, how, network, clock)
     entry.seconds = round(clock.seconds, 2)
@@ -109,7 +109,7 @@ def train_leader(context: Context, candidate: Candidate) -> None:
 
 def _fit_network(context: Context, candidate: Candidate, epochs: int) -> Start:
     """The weights of an MLP that is fitted on train."""
-    config, labels = candidate.config(context.values), len(context.data.labels)
+    config, labels = candidate.config(context.values), context.data.outputs
     network = NetworkSettings(config.head_hidden, config.mlp.dropout, config.seed)
     fitted = fit_on_train(context.features, fit_settings(context.features, labels, config), network, epochs)
     return Start(build_model(config, labels).trainable_state_dict() | fitted)

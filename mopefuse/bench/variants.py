@@ -27,7 +27,6 @@ from mopefuse.encoders.tiny import TinyEncoder
 from mopefuse.fusion.base import Fusion
 from mopefuse.modalities.base import get_modality
 from mopefuse.prompts.experts import importance_loss
-from mopefuse.tasks.base import get_task
 from mopefuse.training.losses import task_loss
 from mopefuse.training.optimizer import make_optimizer, with_learning_rates
 
@@ -141,7 +140,6 @@ class Subject:
         method = registry.load(registry.FUSION, self.config.method)
         torch.manual_seed(0)
         self.model: Fusion = method(self.config, encoders, LABELS)
-        self.model.task = get_task("single-label")
         devices.move_to_device(self.model, device)
         self.recompute = self.config.train.checkpoint_activations
         if variant.bare:

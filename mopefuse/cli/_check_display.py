@@ -43,7 +43,10 @@ def show(report: Report, folder: Path, page: Path | None) -> None:
         table("problems", ["kind", "severity", "count", "first", "what to do"], rows, left=(0, 1, 3, 4))
     _list({kind: found for kind, found in groups.items() if kind not in _ABOUT_LABELS})
     console.print()
-    _show_labels(report)
+    if report.numbers:
+        _show_numbers(report)
+    else:
+        _show_labels(report)
     about_labels = {kind: found for kind, found in groups.items() if kind in _ABOUT_LABELS}
     _list(about_labels, "suspicious labels:")
     console.print()
@@ -104,6 +107,12 @@ def _show_labels(report: Report) -> None:
         most, least = (f"{visible(found[which]['label'])} ({found[which]['rows']:,})" for which in ("most_frequent", "rarest"))
         text = f"{found['of']}: most frequent {most}, rarest {least}, ratio {found['ratio']:.3g}"
         out().print(text, markup=False)
+
+
+def _show_numbers(report: Report) -> None:
+    columns = [name.replace("_", " ") for name in next(iter(report.numbers.values()))]
+    rows = [[split, *(f"{value:,.5g}" for value in found.values())] for split, found in report.numbers.items()]
+    table("labels are numbers (task regression)", ["split", *columns], rows)
 
 
 def _show_texts(report: Report) -> None:

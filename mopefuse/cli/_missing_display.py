@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mopefuse.cli._render import err, percent, table
+from mopefuse.cli._render import err, table
+from mopefuse.metrics.names import write_metric
 
 if TYPE_CHECKING:
     from mopefuse.evaluation.missing_modalities import Missing
@@ -16,7 +17,7 @@ def show(run: str, found: Missing) -> None:
     plain = next((cell.metrics[name] for cell in found.cells if not cell.missing), None)
     rows = []
     for cell in found.cells:
-        row = [cell.words, cell.lacking, percent(cell.metrics[name])]
+        row = [cell.words, cell.lacking, write_metric(name, cell.metrics[name])]
         rows.append([*row, *([] if plain is None else [f"{100 * (cell.metrics[name] - plain):+.1f}"])])
     first = f"missing ({found.cells[0].samples:,} {found.split} samples)"
     table(run, [first, "samples without it", name, *([] if plain is None else ["change in points"])], rows)

@@ -8,11 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mopefuse.cli._render import count, duration, err, out, percent, print_json, table
+from mopefuse.cli._render import count, duration, err, out, print_json, table
 from mopefuse.core import distributed
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.core.formatting import several, visible
 from mopefuse.errors import ConfigError
+from mopefuse.metrics.names import write_metric
 from mopefuse.training.listener import Listener, Progress
 
 _LINE_EVERY = 10.0  # seconds between plain lines
@@ -65,6 +66,11 @@ class Display(Listener):
         if not self.json and distributed.is_main():
             self.console.print(text, style="yellow", markup=False)
 
+    def on_task(self, text: str) -> None:
+        """Print the task."""
+        if not self.json and distributed.is_main():
+            self.console.print(f"task: {text}", markup=False)
+
     def on_rows(self, counts: dict[str, int]) -> None:
         """Print the number of rows of each split."""
         if not self.json and distributed.is_main():
@@ -113,7 +119,8 @@ class Display(Listener):
                 self._writer.add_scalar(f"val/{name}", value, progress.step)
         if not distributed.is_main() or self.json:
             return
-        shown = "  ".join(f"{name} {percent(found[name])}" for name in found if name not in ("loss", "absent_labels"))
+        names = [name for name in found if name not in ("loss", "absent_labels")]
+        shown = "  ".join(f"{name} {write_metric(name, found[name])}" for name in names)
         star = "  best" if best else ""
         line = f"step {progress.step}  validation  {shown}  loss {found['loss']:.3f}  {duration(progress.seconds)}{star}"
         self.console.print(line, markup=False)
@@ -128,10 +135,10 @@ class Display(Listener):
             return
         splits = {name: found for name, found in result["metrics"].items() if found}
         names = [name for name in next(iter(splits.values()), {}) if name not in ("loss", "absent_labels")]
-        rows = [[split, *(percent(found[name]) for name in names)] for split, found in splits.items()]
+        rows = [[split, *(write_metric(name, found[name]) for name in names)] for split, found in splits.items()]
         table(f"{self.folder}, step {result['selected_step']}", ["split", *names], rows)
         for split, found in splits.items():
-            if found["absent_labels"]:
+            if found.get("absent_labels"):
                 which = several(found["absent_labels"], "label has", "labels have")
                 self.on_notice(f"{split}: {which} no sample; macro-F1 is averaged over the others")
         parameters = result["parameters"]

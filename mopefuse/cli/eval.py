@@ -182,15 +182,17 @@ def _evaluate_missing(
 def _print(
     run: Path, split: str, metrics: dict[str, float], per_label: list[dict[str, object]], predictions: Path | None
 ) -> None:
-    from mopefuse.cli._render import out, percent, table
+    from mopefuse.cli._render import out, table
+    from mopefuse.metrics.names import write_metric
 
     support = sum(int(str(row["support"])) for row in per_label)
-    rows = [[str(row["label"]), *(percent(float(str(row[key]))) for key in ("precision", "recall", "f1"))] for row in per_label]
-    for row, facts in zip(rows, per_label, strict=True):
-        row.append(str(facts["support"]))
-    table(f"{run}, {split}", ["label", "precision", "recall", "f1", "support"], rows)
-    plain = ("loss", "absent_labels")
-    shown = [[name, f"{value:.4g}" if name in plain else percent(value)] for name, value in metrics.items()]
+    names = [name for name in per_label[0] if name not in ("label", "support", "lowest", "highest")]
+    rows = [
+        [str(row["label"]), *(write_metric(name, float(str(row[name]))) for name in names), str(row["support"])]
+        for row in per_label
+    ]
+    table(f"{run}, {split}", ["label", *names, "support"], rows)
+    shown = [[name, write_metric(name, value)] for name, value in metrics.items()]
     table(f"{split}: {support} true labels", ["metric", "value"], shown)
     if predictions is not None:
         out().print(f"predictions: {predictions}", markup=False)

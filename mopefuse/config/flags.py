@@ -63,6 +63,7 @@ FLAGS = (
     Flag("--split-col", "data.split_col", COLUMNS, LABELLED, metavar="NAME"),
     Flag("--label-sep", "data.label_sep", COLUMNS, LABELLED, metavar="TEXT"),
     Flag("--image-root", "data.image_roots", COLUMNS, EVERY_TABLE, metavar="DIR"),
+    Flag("--task", "data.task", COLUMNS, LABELLED, metavar="TASK"),
     Flag("--labels", "data.labels", COLUMNS, TRAIN_AND_CHECK, metavar="FILE"),
     Flag("--fold-labels", "data.fold_labels", COLUMNS, TRAIN_AND_CHECK),
     Flag("--allow-odd-labels", "data.allow_odd_labels", COLUMNS, TRAIN_AND_CHECK),

@@ -43,6 +43,26 @@ class Flamingo(Section):
         return self
 
 
+class Regression(Section):
+    """The loss of regression, whose targets are standardised."""
+
+    loss: Literal["mse", "mae", "huber", "quantile"] = Field(
+        "mse",
+        description="loss of predicted numbers: squared error (mse), absolute error (mae), squared up to delta and absolute "
+        "from there (huber), or that of quantiles (quantile), which also predicts intervals",
+    )
+    delta: float = Field(1.0, gt=0, description="error from which the loss huber is linear, in standard deviations")
+    quantiles: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = Field(
+        (0.05, 0.5, 0.95), description="quantiles that are predicted with the loss quantile; 0.5 must be among them"
+    )
+
+    @model_validator(mode="after")
+    def _with_median(self) -> Regression:
+        if 0.5 not in self.quantiles or list(self.quantiles) != sorted({*self.quantiles}):
+            raise ValueError("quantiles must be ascending and include 0.5, the predicted value")
+        return self
+
+
 class Lora(Section):
     """Low-rank adaptation (LoRA) of an encoder."""
 
@@ -52,6 +72,17 @@ class Lora(Section):
     targets: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = Field(
         None, description="names of the linear layers to adapt; default: the query and value projections"
     )
+
+
+class CompTuning(Section):
+    """What is trained in the complementary encoder."""
+
+    mode: Literal["frozen", "prompts", "lora", "full"] = Field(
+        "frozen",
+        description="how conditional trains the complementary encoder: not at all (frozen), with static prompts (prompts), "
+        "with LoRA (lora) or fully (full)",
+    )
+    length: int = Field(4, ge=1, le=MAX_TOKENS, description="tokens of each static prompt, if mode is prompts")
 
 
 class Inserted(Section):

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from mopefuse.config import method_settings as methods
 from mopefuse.config.messages import field_at, invalid_settings_error, keys_in
 from mopefuse.config.method_defaults import defaults_of, without_idle_side
-from mopefuse.config.method_settings import MLP, QMF, CrossAttention, Flamingo, Inserted, Interactive, Linear, Lora
 from mopefuse.config.section import MANY as _MANY
 from mopefuse.config.section import MAX_TOKENS as _MAX_TOKENS
 from mopefuse.config.section import WIDEST as _WIDEST
@@ -117,17 +117,6 @@ class Router(Section):
     )
 
 
-class CompTuning(Section):
-    """What is trained in the complementary encoder."""
-
-    mode: Literal["frozen", "prompts", "lora", "full"] = Field(
-        "frozen",
-        description="how conditional trains the complementary encoder: not at all (frozen), with static prompts (prompts), "
-        "with LoRA (lora) or fully (full)",
-    )
-    length: int = Field(4, ge=1, le=_MAX_TOKENS, description="tokens of each static prompt, if mode is prompts")
-
-
 COLUMN_SETTINGS = {"text": "text_col", "image": "img_col"}
 """Modality to the setting of `data` that names its column; `data.columns` names those of all others."""
 
@@ -159,6 +148,11 @@ class Data(Section):
         None,
         min_length=1,
         description="separator between labels in a cell, or list if cells look like [a, b]; makes data multi-label",
+    )
+    task: str | None = Field(
+        None,
+        min_length=1,
+        description="what a label is: single-label, multi-label or regression; default: inferred from the labels of train",
     )
     labels: str | None = Field(
         None, description="file with all labels, one per line; default: labels.txt in the data folder, or the labels of train"
@@ -334,15 +328,16 @@ class RunConfig(Section):
     )
     prompts: Prompts = Prompts()
     router: Router = Router()
-    comp_tuning: CompTuning = CompTuning()
-    lora: Lora = Lora()
-    inserted: Inserted = Inserted()
-    pmf: Interactive = Interactive()
-    linear: Linear = Linear()
-    mlp: MLP = MLP()
-    cross_attention: CrossAttention = CrossAttention()
-    qmf: QMF = QMF()
-    flamingo: Flamingo = Flamingo()
+    comp_tuning: methods.CompTuning = methods.CompTuning()
+    lora: methods.Lora = methods.Lora()
+    inserted: methods.Inserted = methods.Inserted()
+    pmf: methods.Interactive = methods.Interactive()
+    linear: methods.Linear = methods.Linear()
+    mlp: methods.MLP = methods.MLP()
+    cross_attention: methods.CrossAttention = methods.CrossAttention()
+    qmf: methods.QMF = methods.QMF()
+    flamingo: methods.Flamingo = methods.Flamingo()
+    regression: methods.Regression = methods.Regression()
     data: Data = Data()
     train: Train = Train()
 

@@ -130,6 +130,11 @@ class DataSet:
     notices: tuple[str, ...] = ()
 
     @property
+    def outputs(self) -> int:
+        """N, the number of outputs of a model for a sample."""
+        return self.task.outputs(self.labels)
+
+    @property
     def modalities(self) -> tuple[str, ...]:
         """The modalities of the rows."""
         return tuple(next(iter(self.splits.values())).keys)

@@ -30,7 +30,7 @@ from mopefuse.data.findings import (
 )
 from mopefuse.data.index import Index
 from mopefuse.data.index_build import build, read_rows
-from mopefuse.data.label_check import locate_suspicious_labels
+from mopefuse.data.label_problems import find_label_problems, find_task, summarize_splits
 from mopefuse.data.load import get_roots, notice_splits
 from mopefuse.data.repeated_rows import find_repeated_rows
 from mopefuse.data.split_rows import Parts, divide_rows, missing_split_hint
@@ -55,7 +55,8 @@ class Report:
         findings: errors first, then by kind, split and line.
         splits: counts of each split, see `mopefuse.data.summary.describe_split`.
         trained: rows and labels of each split as training uses them; empty unless rows are held out or drawn.
-        balance: rows of each split, by label.
+        balance: rows of each split, by label. numbers: of a regression, a summary of the labels of each split.
+        task: what a label is.
         leaks: rows that share a value with train, by split and modality.
         seconds: time for reading tables and files, or their index in the cache.
         files_read: number of files that were read. from_cache: whether the indexes of all splits were in the cache.
@@ -69,6 +70,7 @@ class Report:
     splits: dict[str, dict[str, Any]]
     trained: dict[str, dict[str, int]]
     balance: dict[str, dict[str, int]]
+    numbers: dict[str, dict[str, float]]
     task: str
     texts: Texts
     leaks: dict[str, dict[str, int]]
@@ -130,6 +132,7 @@ class Report:
                 "task": self.task,
                 **self.extremes,
                 "balance": self.balance,
+                **({"numbers": self.numbers} if self.numbers else {}),
             },
             "texts": self.texts.as_dict(),
             "leaks": self.leaks,
@@ -167,18 +170,12 @@ def check(
     seconds = time.perf_counter() - began
 
     texts, text_findings = read_texts(indexes, config, tokens, advance)
-    labels, label_findings = cross_row_checks.find_labels(indexes, reading.roots[0], config)
-    if "train" in indexes:
-        label_findings += locate_suspicious_labels(indexes["train"], reading.roots[0], config)
-    parts, refused = _divide(indexes, path, config)
+    task = find_task(indexes, reading.roots[0], config)
+    labels, label_findings = find_label_problems(indexes, reading.roots[0], config, task)
+    parts, refused = _divide(indexes, path, config, by_class=task.is_classification)
     leaks = list(cross_row_checks.leak_findings(parts))
     found += _row_and_file_findings(indexes, reading.roots)
-    found += [
-        *text_findings,
-        *label_findings,
-        *cross_row_checks.mixed_labels(indexes),
-        *cross_row_checks.unknown_labels(indexes, labels),
-    ]
+    found += [*text_findings, *label_findings]
     found += [*cross_row_checks.shared_ids(indexes), *(finding for _, _, finding in leaks)]
     found += refused if not any(finding.kind in _NO_ROWS for finding in found) else []
     return Report(
@@ -189,8 +186,9 @@ def check(
         findings=sorted(found, key=_order),
         splits={name: describe_split(index, _bad_rows(index)) for name, index in indexes.items()},
         trained=_count_trained(parts) if _differs_in_training(config) and not refused else {},
-        balance=count_labels(indexes, labels),
-        task="multi-label" if any(bool(index.list_S.any()) for index in indexes.values()) else "single-label",
+        balance=count_labels(indexes, labels) if task.is_classification else {},
+        numbers={} if task.is_classification else summarize_splits(indexes),
+        task=task.name,
         texts=texts,
         leaks=_count_leaks(leaks, parts, reading.modalities),
         seconds=seconds,
@@ -333,7 +331,7 @@ class _Reading:
         return Finding(kind="missing-split", split=name, where=where, message=message, hint=hint, code=DataCode.NO_SPLIT.text)
 
 
-def _divide(indexes: Indexes, path: Path, config: DataConfig) -> tuple[Parts, list[Finding]]:
+def _divide(indexes: Indexes, path: Path, config: DataConfig, *, by_class: bool) -> tuple[Parts, list[Finding]]:
     """Divide rows among splits as training does.
 
     Returns:
@@ -343,7 +341,7 @@ def _divide(indexes: Indexes, path: Path, config: DataConfig) -> tuple[Parts, li
     if not _differs_in_training(config):
         return whole, []
     try:
-        return divide_rows(indexes, path, config), []
+        return divide_rows(indexes, path, config, by_class=by_class), []
     except DataError as error:
         return whole, [finding_of(error, "empty-split")]
 

@@ -74,6 +74,7 @@ KINDS = {  # in the order of the report
     "label-variants": Kind("warning", "merge them with --fold-labels, or spell each label one way"),
     "misspelt-label": Kind("warning", "correct the label if it is misspelt"),
     "placeholder-label": Kind("warning", "if it stands for a missing label, remove the rows"),
+    "label-not-a-number": Kind("error", "correct or remove the row, or use --task single-label"),
     "numeric-labels": Kind("warning", "if they are quantities, specify the label column with --label-col"),
     "rare-labels": Kind("warning", "merge or remove rare classes, or choose a different column with --label-col"),
     "missing-value": Kind("warning", "nothing, if the value is optional"),

@@ -23,7 +23,7 @@ from mopefuse.data.base import SPLITS, Problem, digest
 from mopefuse.data.columns import Layout
 from mopefuse.data.index import FileValues, Index, InlineValues
 from mopefuse.data.labels import LabelsBuilder
-from mopefuse.data.rows import InvalidRow, RowSkipped, ValidRow, add_missing_hints, check_row
+from mopefuse.data.rows import EXPECTED_LABEL, InvalidRow, RowSkipped, ValidRow, add_missing_hints, check_row
 from mopefuse.data.tables import Table, TableRow, split_named
 from mopefuse.modalities import base as modality
 from mopefuse.modalities.files import FileInfo, Files, inspect_files
@@ -101,6 +101,7 @@ class _IndexBuilder:
         self.rewritten = bytearray()  # JSON lines, of a table in another format
         self.places, self.lines, self.lists, self.labels = array("q"), array("q"), bytearray(), LabelsBuilder()
         self.line_of: dict[str, int] = {}  # by id, in the order of the rows
+        self.numeric: bool | None = None  # whether labels are numbers, as that of the first valid row is
         self.problems: list[Problem] = []
         self.left_out: Counter[str] = Counter()
 
@@ -135,6 +136,10 @@ class _IndexBuilder:
         if named_split not in (None, self.split):
             raise InvalidRow(f"{self.config.split_col} is none of {', '.join(SPLITS)}")
         row = check_row(found.value, found.line, self.split, self.layout)
+        self.numeric = row.is_number if self.numeric is None else self.numeric
+        if row.is_number != self.numeric:
+            what = f"a number, expected {EXPECTED_LABEL}" if row.is_number else "a string, expected a number, as in other rows"
+            raise InvalidRow(f"{self.layout.label} is {what}")
         if row.id in self.line_of:
             raise InvalidRow(f"duplicate id {row.id!r}, first used on line {self.line_of[row.id]}")
         return row

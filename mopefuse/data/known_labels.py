@@ -11,7 +11,6 @@ from mopefuse.core.error_codes import DataCode
 from mopefuse.data.base import Split
 from mopefuse.data.findings import Finding
 from mopefuse.data.label_cells import is_blank, normalise
-from mopefuse.data.split_rows import Parts
 from mopefuse.data.tables import read_bytes
 from mopefuse.errors import DataError, similar_names
 
@@ -44,6 +43,11 @@ def known_labels(
         what = f"{describe_few(labels)}; a classifier needs at least two"
         raise DataError(DataCode.ONE_CLASS, what, where=splits["train"].file, fix="add rows of a second class")
     return labels
+
+
+def are_listed(root: Path, config: DataConfig) -> bool:
+    """Whether a file lists the labels."""
+    return bool(config.labels) or (root / "labels.txt").exists()
 
 
 def describe_few(labels: Sequence[str]) -> str:
@@ -86,21 +90,3 @@ def read_labels_file(path: Path, *, fold: bool = False) -> tuple[str, ...]:
             DataCode.BAD_LABEL_FILE, f"{path.name} lists {repeated[0]!r} twice", where=str(path), fix="list each label once"
         )
     return tuple(dict.fromkeys(map(normalise, labels))) if fold else tuple(labels)
-
-
-def is_multi_label(parts: Parts) -> bool:
-    """Whether labels are written as lists.
-
-    Raises:
-        DataError: some are lists and some are strings.
-    """
-    place_of: dict[bool, str] = {}  # position of the first row whose labels are a list, or are not
-    for index, rows in parts.values():
-        lists = index.list_S[rows]
-        for is_list in (False, True):
-            if (lists == is_list).any():
-                place_of[is_list] = index.place(rows[lists == is_list][0])
-    if len(place_of) == 2:
-        what = "some labels are strings and some are lists"
-        raise DataError(DataCode.MIXED_LABELS, what, where=place_of[True], fix="write all labels as strings, or all as lists")
-    return True in place_of

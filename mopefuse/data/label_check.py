@@ -7,7 +7,6 @@ rows take seconds. Labels that are listed (``labels.txt``, ``--labels``) are tak
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -20,16 +19,13 @@ from mopefuse.core.formatting import several
 from mopefuse.data.findings import Finding, finding_at
 from mopefuse.data.index import Index
 from mopefuse.data.label_cells import normalise, parse_list
+from mopefuse.data.labels_task import look_like_quantities
 from mopefuse.errors import DataError
 
 _FEW = 10  # number of classes that is always accepted
 _MAX_NOTICES = 8
 _ROWS_PER_CLASS = 3  # on average; fewer are a mistake
 _SEPARATORS = "|;,/"
-_NUMBER = re.compile(r"[$€£¥]?\s*[-+]?(?:\d+|\d{1,3}(?:[, ]\d{3})+)(?:[.,]\d+)?(?:[eE][-+]?\d+)?\s*[%$€£¥]?")
-_CODES, _AMOUNTS = 20, 10  # numbers of distinct integers, and of other numbers, that are always accepted as classes
-_LEADING_ZERO = re.compile(r"0\d+")  # found in codes, not in quantities
-_YEARS = 1500, 2100
 _ANCHORS = 20_000  # number of frequent labels that rare ones are compared with
 _PLACEHOLDERS = {"nan", "n/a", "#n/a", "na", "<na>", "null", "nil", "undefined", "missing", "?", "-", "--"}
 _MIN_LENGTH, _MAX_LENGTH = 4, 100  # length in characters of labels that are compared
@@ -111,7 +107,7 @@ def find_suspicious_labels(counts: Mapping[str, int], rows: int) -> list[Suspici
     """
     lists = _lists(counts)
     joined = [] if lists else [*_joined(counts)]
-    amounts = [*_amounts(counts)]
+    amounts = [*_amounts(counts, rows)]
     causes = [*joined, *amounts]
     many = [] if lists else [*_many(counts, rows, causes)]
     found = [*lists, *many, *causes, *_variants(counts), *_misspelt(counts), *_placeholders(counts)]
@@ -159,33 +155,16 @@ def _parts(label: str, separator: str) -> set[str]:
     return {part.strip() for part in label.split(separator)} - {""} if separator in label else set()
 
 
-def _amounts(counts: Mapping[str, int]) -> Iterator[SuspiciousLabels]:
-    """Numbers that are not codes, years or ratings: with fractions, or far apart."""
-    numbers = [value for label in counts if (value := _number(label)) is not None]
-    if len(numbers) < 0.95 * len(counts) or len(numbers) <= _AMOUNTS or any(map(_LEADING_ZERO.fullmatch, counts)):
-        return
-    lowest, highest = min(numbers), max(numbers)
-    whole = all(value.is_integer() for value in numbers)
-    if whole and (highest - lowest < 2 * len(numbers) or len(numbers) <= _CODES or _YEARS[0] <= lowest <= highest <= _YEARS[1]):
-        return
-    halves = all((2 * value).is_integer() for value in numbers)
-    if halves and highest - lowest < len(numbers) <= 2 * _CODES:  # ratings
+def _amounts(counts: Mapping[str, int], rows: int) -> Iterator[SuspiciousLabels]:
+    """Numbers that are quantities."""
+    if not look_like_quantities(counts, rows):
         return
     first = _most_frequent(counts, counts)
     what = (
         f"labels are numbers, such as {_quote(first)}, and each of the {len(counts):,} distinct values becomes a separate class"
     )
-    fix, rows = f"if they are quantities, {_COLUMN}", sum(counts.values())
-    yield SuspiciousLabels(kind="numeric-labels", message=what, fix=fix, label=first, rows=rows)
-
-
-def _number(label: str) -> float | None:
-    text = label.strip()
-    if not _NUMBER.fullmatch(text):
-        return None
-    digits = re.sub(r"[^\d.,eE+-]|[, ](?=\d{3}(?!\d))", "", text)
-    value = float(digits.replace(",", "."))
-    return value if abs(value) < 1e300 else None
+    fix = f"to predict numbers, use --task regression, or {_COLUMN}"
+    yield SuspiciousLabels(kind="numeric-labels", message=what, fix=fix, label=first, rows=sum(counts.values()))
 
 
 def _many(counts: Mapping[str, int], rows: int, causes: Iterable[SuspiciousLabels]) -> Iterator[SuspiciousLabels]:

@@ -18,7 +18,8 @@ from mopefuse.data.columns import Layout, modalities_of
 from mopefuse.data.findings import lacking_message, left_out_message
 from mopefuse.data.index import Index
 from mopefuse.data.index_build import Advance, build
-from mopefuse.data.known_labels import is_multi_label, known_labels
+from mopefuse.data.known_labels import are_listed, known_labels
+from mopefuse.data.labels_task import infer_task, require_numbers, target_names
 from mopefuse.data.leaks import find_leaks
 from mopefuse.data.repeated_rows import notice_contradictions
 from mopefuse.data.rows import Rows
@@ -26,7 +27,6 @@ from mopefuse.data.split_rows import Numbers, divide_rows
 from mopefuse.data.tables import Table, columns_in, find_tables, split_column
 from mopefuse.errors import ConfigError, DataError, Notice
 from mopefuse.modalities.base import get_modality
-from mopefuse.tasks.base import get_task
 
 
 def load_data(
@@ -54,15 +54,19 @@ def load_data(
     indexes = read_indexes(config, require, advance=advance)
     training = "train" in require and "train" in indexes
     skipped = {name: skip_bad_rows(index, roots, config, training=training) for name, index in indexes.items()}
-    label_warnings = label_check.check_labels(indexes["train"], roots[0], config) if training else []
-    contradictions = notice_contradictions(indexes.values()) if training else []
-    parts = divide_rows(indexes, path, config, require)
+    task = infer_task(indexes, config, classes_are_listed=are_listed(roots[0], config))
+    checked = training and task.is_classification
+    label_warnings = label_check.check_labels(indexes["train"], roots[0], config) if checked else []
+    contradictions = notice_contradictions(indexes.values()) if checked else []
+    parts = divide_rows(indexes, path, config, require, by_class=task.is_classification)
     splits = {name: _split(name, index, rows, skipped.get(name, ()), config) for name, (index, rows) in parts.items()}
     return DataSet(
         root=roots[0],
         splits=splits,
-        labels=known_labels(roots[0], splits, config, label_warnings),
-        task=get_task("multi-label" if is_multi_label(parts) else "single-label"),
+        labels=known_labels(roots[0], splits, config, label_warnings)
+        if task.is_classification
+        else target_names(config, require_numbers(parts)),
+        task=task,
         image_roots=roots,
         notices=(*_notices(splits, indexes, config), *label_check.notices(label_warnings), *contradictions),
     )

@@ -7,6 +7,7 @@ Shapes: S rows of a split.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from mopefuse.data.label_cells import is_blank, normalise, split_cell
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # cannot be written to a file
 _KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+EXPECTED_LABEL = "a string or a list of strings (quote it)"
 _WITHOUT = "add --on-missing skip or absent"
 
 
@@ -31,6 +33,7 @@ class ValidRow(NamedTuple):
     values: dict[str, str | None]  # by modality
     labels: tuple[str, ...]
     is_list: bool  # whether the labels are written as a list
+    is_number: bool  # whether they are numbers, not texts
 
 
 class InvalidRow(ValueError):
@@ -56,14 +59,14 @@ def check_row(row: Mapping[str, Any], line: int, split: str, layout: Layout) -> 
     """
     values = _values(row, layout, label=True)
     identity = _identity(row, layout.identity, f"{split}-{line}")
-    labels, is_list = _labels(row[layout.label], layout.label, layout.separator)
+    labels, is_list, is_number = _labels(row[layout.label], layout.label, layout.separator)
     if layout.fold_labels:
         labels = tuple(dict.fromkeys(map(normalise, labels)))
     _reject_lone_surrogates(identity, values, layout)
     if _SURROGATE.search("".join(labels)):
         raise InvalidRow(_half_character_message(layout.label))
     _leave_out(values, layout)
-    return ValidRow(id=identity, values=values, labels=labels, is_list=is_list)
+    return ValidRow(id=identity, values=values, labels=labels, is_list=is_list, is_number=is_number)
 
 
 def check_input(row: Mapping[str, Any], line: int, layout: Layout) -> tuple[str, dict[str, str | None]]:
@@ -136,18 +139,27 @@ def _half_character_message(column: str) -> str:
     return f"{column} contains a lone surrogate (half of a character)"
 
 
-def _labels(value: Any, name: str, separator: str | None) -> tuple[tuple[str, ...], bool]:
+def _labels(value: Any, name: str, separator: str | None) -> tuple[tuple[str, ...], bool, bool]:
+    """Labels as texts, whether they are written as a list, and whether as numbers."""
     if isinstance(value, str) and separator:
-        return split_cell(value, separator), True
+        return split_cell(value, separator), True, False
     if isinstance(value, str):
         if is_blank(value):
             raise InvalidRow(f"{name} is empty")
-        return (value,), False
+        return (value,), False, False
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         if any(map(is_blank, value)):
             raise InvalidRow(f"{name} has an empty label")
-        return tuple(dict.fromkeys(value)), True
-    raise InvalidRow(f"{name} is {_kind(value)}, expected a string or a list of strings (quote it)")
+        return tuple(dict.fromkeys(value)), True, False
+    if _is_number(value):
+        return (repr(value),), False, True
+    if isinstance(value, list) and value and all(map(_is_number, value)):
+        return tuple(map(repr, value)), True, True
+    raise InvalidRow(f"{name} is {_kind(value)}, expected {EXPECTED_LABEL}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _no_column(missing: Sequence[str], no_label: bool, row: Mapping[str, Any], layout: Layout) -> str:

@@ -22,11 +22,13 @@ Parts = dict[str, tuple[Index, Numbers]]
 """By split, the index that has its rows, and the numbers of these rows in it."""
 
 
-def divide_rows(indexes: dict[str, Index], path: Path, config: DataConfig, require: Sequence[str] = ()) -> Parts:
+def divide_rows(
+    indexes: dict[str, Index], path: Path, config: DataConfig, require: Sequence[str] = (), *, by_class: bool = True
+) -> Parts:
     """Assign rows to splits: hold rows out of train, then draw the rows of train that are used.
 
     Args:
-        require: splits that must exist.
+        require: splits that must exist. by_class: whether classes keep their shares; without, labels do not matter.
 
     Raises:
         DataError: a required split is missing, or a split has no rows.
@@ -35,7 +37,7 @@ def divide_rows(indexes: dict[str, Index], path: Path, config: DataConfig, requi
     parts: Parts = {name: (index, index.good()) for name, index in indexes.items()}
     for name, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
         if fraction is not None:
-            _hold_out(parts, name, fraction, path, config)
+            _hold_out(parts, name, fraction, path, config, by_class)
     for name in require:
         if name not in parts:
             other = f"add --split {next(iter(parts), '')}, which exists"
@@ -47,12 +49,20 @@ def divide_rows(indexes: dict[str, Index], path: Path, config: DataConfig, requi
             raise DataError(DataCode.EMPTY_SPLIT, f"the {name} split has no rows", where=where, fix="add at least one row")
     if (config.shots or config.fraction) and "train" in parts:
         index, rows = parts["train"]
-        labels, ids = index.labels.take(rows), [index.ids[row] for row in rows]
+        if config.shots and not by_class:
+            what = "labels are numbers, so there are no classes of which to take some rows each"
+            raise ConfigError(ConfigCode.SETTING_OF_OTHER_TASK, what, where="--shots", fix="use --fraction")
+        labels, ids = _classes(index, rows, by_class), [index.ids[row] for row in rows]
         parts["train"] = (index, rows[choose_few(ids, labels, config.seed, shots=config.shots, fraction=config.fraction)])
     return parts
 
 
-def _hold_out(parts: Parts, name: str, fraction: float, path: Path, config: DataConfig) -> None:
+def _classes(index: Index, rows: Numbers, by_class: bool) -> Sequence[tuple[str, ...]]:
+    """The labels of some rows, or none, so that all rows are of one class."""
+    return index.labels.take(rows) if by_class else [()] * len(rows)
+
+
+def _hold_out(parts: Parts, name: str, fraction: float, path: Path, config: DataConfig, by_class: bool) -> None:
     """Move rows of train to the split `name`; without a train split nothing changes."""
     if name in parts:
         what = f"data.{name}_fraction is set, but there is a {name} split"
@@ -65,7 +75,7 @@ def _hold_out(parts: Parts, name: str, fraction: float, path: Path, config: Data
     all_groups = index.groups()
     groups = [all_groups[row] for row in rows]
     count = round(fraction * len(index.good()))
-    kept, held = hold_out(groups, index.labels.take(rows), count, config.seed)
+    kept, held = hold_out(groups, _classes(index, rows, by_class), count, config.seed)
     if len(rows) and not held:
         what = f"no row of train can be held out for {name}: each label must keep a row (or image) in train"
         fix = f"raise --{name}-fraction, add a {name} split, or merge rare labels"

@@ -120,7 +120,7 @@ def collect(outputs: ModelOutputs, data: DataSet, split: str, *, with_routing: b
         NumericError: a logit is not finite.
     """
     count = len(data.splits[split].rows)
-    own_RN = torch.empty(len(range(distributed.rank(), count, distributed.world_size())), len(data.labels))
+    own_RN = torch.empty(len(range(distributed.rank(), count, distributed.world_size())), data.outputs)
     routing, done = [], 0
     for output in outputs:
         own_RN[done : done + len(output.index_B)] = output.logits_BN

@@ -61,7 +61,7 @@ def score(
         ResourceError: the disk is full or not writable.
     """
     task, targets, rows = data.task, data.sparse_targets(split), data.splits[split].rows
-    tally = task.tally(len(targets), len(data.labels))
+    tally = task.tally(len(targets), data.outputs)
     nonfinite_S = torch.zeros(len(targets), dtype=torch.uint8)
 
     def scored_lines() -> Iterator[str]:
@@ -99,7 +99,7 @@ def score_tuned(outputs: ModelOutputs, data: DataSet, split: str, folder: Path) 
         NumericError: a logit is not finite. ResourceError: the disk is full or not writable.
     """
     targets = data.sparse_targets(split)
-    count, labels = len(targets), len(data.labels)
+    count, labels = len(targets), data.outputs
     nonfinite_S = torch.zeros(count, dtype=torch.uint8)
     with Spool(count, labels, folder) as spool:
         for output in outputs:

@@ -43,7 +43,7 @@ def model_outputs(
         samples: samples of this split, prepared for the model; None to prepare them here.
     """
     samples = samples or prepare_samples(model, data, split, config, device)
-    return ModelOutputs(model, samples, config, device, labels=len(data.labels), advance=advance)
+    return ModelOutputs(model, samples, config, device, labels=data.outputs, advance=advance)
 
 
 def run_split(

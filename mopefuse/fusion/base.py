@@ -29,7 +29,7 @@ from mopefuse.errors import CheckpointError, ConfigError
 from mopefuse.fusion.collator import Collator, Requirements
 from mopefuse.fusion.output import Output as Output
 from mopefuse.fusion.regression import Advance, FitSettings, Fitted, Fold, Standard
-from mopefuse.tasks.base import Task
+from mopefuse.tasks.base import Task, get_task
 
 
 class Fusion(nn.Module):
@@ -72,12 +72,12 @@ class Fusion(nn.Module):
     labels: tuple[str, ...] = ()
     """The names of the labels in the order of the logits, if known."""
     task: Task
-    """What a label is, set by `mopefuse.fusion.build.build_model`."""
+    """What a label is, set by `mopefuse.fusion.build.build_model`; single-label until then."""
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder]) -> None:
         super().__init__()
         self.config = config = self.resolve(config, encoders)
-        self.uses = self.sides(config)
+        self.uses, self.task = self.sides(config), get_task("single-label")
         for side in self.uses:
             self.add_module(side, encoders[side])
         self.frozen: tuple[str, ...] = ()

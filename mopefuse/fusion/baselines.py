@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mopefuse.core.formatting import percent
 from mopefuse.fusion.mlp_fit import Network, NetworkSettings, epochs_for, fit_network
-from mopefuse.fusion.regression import Advance, FitSettings, Fold, Problem, score, score_by_sample, standard_state
+from mopefuse.fusion.regression import Advance, FitSettings, Fold, score, score_by_sample, set_up, standard_state
 from mopefuse.fusion.token_reader_fit import Reading, ReadingSettings, fit_reading
 from mopefuse.metrics.significance import difference_in_errors, is_probably_better
 
@@ -82,11 +82,11 @@ class _Comparison:
 
     def regression(self, group: Sequence[str], advance: Advance) -> tuple[Baseline, Tensor]:
         """Fit a logistic regression on the features of some sides; returns it and its held-out logits."""
-        name = "logistic regression on " + " and ".join(group)
+        name = f"{self.how.task.linear_name} on " + " and ".join(group)
         buffers = {side: self.known[side] for side in group}
         strengths = sorted(self.how.settings.strengths)
         problems = [
-            (Problem.of(pair.train.design(buffers, self.how.labels), pair.train.targets, self.how), pair.out)
+            (set_up(pair.train.design(buffers, self.how.labels), pair.train.targets, self.how), pair.out)
             for pair in self.pairs
         ]
         found: list[tuple[Baseline, Tensor]] = []
@@ -140,7 +140,7 @@ class _Comparison:
         linear = [one.model for one, _ in of if not isinstance(one.model, Reading)]
         weights_NF, biases_N = (torch.stack([model[part] for model in linear]).mean(dim=0) for part in (0, 1))
         logits_SN = torch.stack([logits_SN for _, logits_SN in of]).mean(dim=0)
-        return self._scored("average of one logistic regression per encoder", (weights_NF, biases_N), [logits_SN])[0]
+        return self._scored(f"average of one {self.how.task.linear_name} per encoder", (weights_NF, biases_N), [logits_SN])[0]
 
     def _scored(
         self, name: str, model: Model, parts: Sequence[Tensor], actual: Tensor | None = None

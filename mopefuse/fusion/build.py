@@ -27,7 +27,7 @@ from mopefuse.encoders.preprocess import ImagePreprocess
 from mopefuse.errors import ConfigError, EncoderError, PluginError, ResourceError, did_you_mean
 from mopefuse.fusion.base import Fusion
 from mopefuse.modalities import base as modality
-from mopefuse.tasks.base import Task, as_task, get_task
+from mopefuse.tasks.base import Task, as_task
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -107,8 +107,8 @@ def build_fusion(
             that reads the main modality alone.
         num_labels: N, the number of logits; may be left out if `labels` are given.
         labels: names of the labels in the order of the logits; saved with the model by `mopefuse.save_adapter`.
-        task: what a label is: "single-label" (softmax over the logits), "multi-label" (a sigmoid of each), or the task of a
-            `mopefuse.PairDataset`.
+        task: what a label is: "single-label" (softmax over the logits), "multi-label" (a sigmoid of each), "regression"
+            (numbers), or the task of a `mopefuse.PairDataset`.
         method: name of the fusion method, an entry point of ``mopefuse.fusion``.
         seed: seed of all weights that are not pretrained, 0 to 2**63 - 1; the random state of the caller is not changed.
         experts: prompt experts in each prompted layer, K.
@@ -124,7 +124,7 @@ def build_fusion(
         EncoderError: an encoder that cannot be loaded, or does not suit its side. ResourceError: not enough memory.
     """
     given = {name: value for name, value in locals().items() if name != "other"} | other
-    names, count = _label_names(num_labels, labels)
+    names, count = _label_names(num_labels, labels, as_task(task))
     with python_names():
         model = build_model(_config_of(given), count, as_task(task))
     model.labels = names
@@ -134,8 +134,8 @@ def build_fusion(
 _NO_SETTINGS = {"num_labels", "labels", "task"}
 
 
-def _label_names(num_labels: int | None, labels: Sequence[str] | None) -> tuple[tuple[str, ...], int]:
-    """The names of labels, if given, and their number.
+def _label_names(num_labels: int | None, labels: Sequence[str] | None, task: Task) -> tuple[tuple[str, ...], int]:
+    """The names of labels, if given, and the number of outputs.
 
     Raises:
         ConfigError: neither is given, they contradict each other, or they are not names and a number of labels.
@@ -147,10 +147,11 @@ def _label_names(num_labels: int | None, labels: Sequence[str] | None) -> tuple[
             raise ConfigError(
                 ConfigCode.LABEL_NAMES_NOT_UNIQUE, "labels must be a non-empty list of distinct names", where="labels", fix=fix
             )
-        if num_labels not in (None, len(names)):
+        count = task.outputs(names)
+        if num_labels not in (None, count):
             what = f"num_labels is {num_labels}, and labels has {len(names)} names"
             raise ConfigError(ConfigCode.NUM_LABELS_CONTRADICTS_LABELS, what, where="num_labels", fix="remove num_labels")
-        return names, len(names)
+        return names, count
     if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
         what = f"num_labels must be a positive integer, got {num_labels!r}"
         raise ConfigError(
@@ -196,7 +197,7 @@ def build_model(config: RunConfig, num_labels: int, task: Task | None = None, *,
             if (needed := out_of_memory(error)) is None:
                 raise
             raise _too_large(config, needed) from None
-    model.num_labels, model.task = num_labels, task or get_task("single-label")
+    model.num_labels, model.task = num_labels, task or model.task
     return model.eval()
 
 

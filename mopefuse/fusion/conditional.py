@@ -245,7 +245,7 @@ class ConditionalFusion(Fusion):
         """Fit the model on frozen features that training starts from; see `Fusion.fit`."""
         config = self.config
         if config.warm_start == "linear":
-            fitted = Fitted.of_regressions(fit_heads({"head": tuple(train.features)}, train, val, how, advance))
+            fitted = Fitted.of_regressions(fit_heads({"head": tuple(train.features)}, train, val, how, advance), how.task)
             regression = (fitted.state.pop("head.weight"), fitted.state.pop("head.bias"))
             return fitted._replace(state=fitted.state | self._head_state(regression))
         network = NetworkSettings(config.head_hidden, config.mlp.dropout, config.seed) if config.head_hidden else None

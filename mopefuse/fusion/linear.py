@@ -1,4 +1,4 @@
-"""Logistic regression on frozen features: the first baseline to try, and the one that a fusion method must beat.
+"""Logistic or ridge regression on frozen features: the first baseline to try, and the one that a fusion method must beat.
 
 The objective is scikit-learn's. Features of the frozen encoders are standardised with statistics of the training split, and
 C is chosen on validation. There are no training steps.
@@ -74,4 +74,4 @@ class LinearFusion(Fusion):
     def fit(self, train: Fold, val: Fold, how: FitSettings, advance: Advance) -> Fitted:
         """Fit the regression, or one for each side with `average`; see `Fusion.fit`."""
         heads = {f"head.{side}": (side,) for side in self.uses} if self.average else {"head": self.uses}
-        return Fitted.of_regressions(fit_heads(heads, train, val, how, advance))
+        return Fitted.of_regressions(fit_heads(heads, train, val, how, advance), how.task)

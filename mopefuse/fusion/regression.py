@@ -1,4 +1,4 @@
-"""Logistic regression on standardised features: a strong baseline on small data, and the starting point of a warm start.
+"""Linear models on standardised features: a strong baseline on small data, and the starting point of a warm start.
 
 Shapes: S samples, C width of one side's feature, F of all features side by side, N labels.
 """
@@ -18,8 +18,10 @@ from mopefuse.data.collate import FeatureTable, TokenSource
 from mopefuse.errors import NumericError
 from mopefuse.fusion._design_matrix import Design, Side, row_blocks, statistics
 from mopefuse.fusion._logistic import LogisticRegression, Sigmoids, Softmax
+from mopefuse.fusion._ridge import RidgeProblem
 from mopefuse.metrics.thresholds import THRESHOLD, Thresholds, tuned_thresholds
 from mopefuse.tasks.base import Task
+from mopefuse.tasks.regression import Regression
 
 _NEVER = 30.0  # magnitude of the logit of a label that every or no training sample has: a probability of 1e-13
 
@@ -120,13 +122,13 @@ class Fitted(NamedTuple):
     facts: Mapping[str, Any] = {}
 
     @classmethod
-    def of_regressions(cls, found: tuple[dict[str, Tensor], dict[str, float]]) -> Fitted:
+    def of_regressions(cls, found: tuple[dict[str, Tensor], dict[str, float]], task: Task) -> Fitted:
         """Describe what `fit_heads` returned."""
         strengths = ", ".join(f"C {value:g} on {name}" for name, value in found[1].items())
-        return cls(found[0], f"logistic regression, chosen on validation: {strengths}")
+        return cls(found[0], f"{task.linear_name}, chosen on validation: {strengths}")
 
 
-class Regression(NamedTuple):
+class LinearHead(NamedTuple):
     """A fitted linear head on standardised features; `strength` is its C, `score` its selected metric on validation."""
 
     weight_NF: Tensor
@@ -174,7 +176,7 @@ def fit_heads(
         on, buffers = " and ".join(group), {side: known[side] for side in group}
 
         def report(what: str, share: float, done: int = number, on: str = on) -> None:
-            advance(f"logistic regression on {on}, {what}", (done + share) / len(heads))
+            advance(f"{how.task.linear_name} on {on}, {what}", (done + share) / len(heads))
 
         designs = train.design(buffers, how.labels), val.design(buffers, how.labels)
         regression = fit_regression(designs[0], train.targets, designs[1], val.targets, how, report)
@@ -185,16 +187,16 @@ def fit_heads(
 
 def fit_regression(
     train: Design, targets: Targets, val: Design, val_targets: Targets, how: FitSettings, advance: Advance = _ignore_progress
-) -> Regression:
+) -> LinearHead:
     """Fit a regression for each C and return the one with the best score on validation; the smallest C wins ties.
 
     Args:
         targets, val_targets: (S,) class indices, or (S, N) zeros and ones.
     """
-    best: Regression | None = None
+    best: LinearHead | None = None
     strengths = sorted(how.settings.strengths)
     actual = val_targets[torch.arange(val.rows)]
-    problem = Problem.of(train, targets, how)
+    problem = set_up(train, targets, how)
     for number, strength in enumerate(strengths):
 
         def report(share: float, done: int = number, strength: float = strength) -> None:
@@ -203,7 +205,7 @@ def fit_regression(
         weight_NF, bias_N = problem.solve(strength, how.settings.max_iter, report)
         found = score(val.logits(weight_NF, bias_N), actual, how)
         if best is None or found > best.score:
-            best = Regression(weight_NF, bias_N, strength, found)
+            best = LinearHead(weight_NF, bias_N, strength, found)
     assert best is not None
     return best
 
@@ -229,8 +231,22 @@ def _thresholds(logits_SN: Tensor, val: Tensor, how: FitSettings) -> Thresholds:
     return THRESHOLD if isinstance(how.threshold, str) else how.threshold
 
 
+class Solvable(Protocol):
+    """Linear models of one design that differ in their C."""
+
+    def solve(self, strength: float, max_iter: int, advance: Callable[[float], None]) -> tuple[Tensor, Tensor]:
+        """Weight (N, F) and bias (N,) for a C, in float32."""
+
+
+def set_up(train: Design, targets: Targets, how: FitSettings) -> Solvable:
+    """Set up the linear model of a task: a logistic regression, or ridge regression for numbers."""
+    if isinstance(how.task, Regression):
+        return RidgeProblem(train, targets, how.task)
+    return (_binary_problem if how.task.uses_thresholds else _multinomial_problem)(train, targets, how)
+
+
 class Problem(NamedTuple):
-    """The regression of the labels that vary within the training split, embedded in all labels.
+    """The logistic regression of the labels that vary within the training split, embedded in all labels.
 
     Attributes:
         regression: None if no label varies.
@@ -243,11 +259,6 @@ class Problem(NamedTuple):
     index_A: Tensor
     bias_N: Tensor
     width: int
-
-    @classmethod
-    def of(cls, train: Design, targets: Targets, how: FitSettings) -> Problem:
-        """Set up a binary regression for each label, or one multinomial regression."""
-        return (_binary_problem if how.task.uses_thresholds else _multinomial_problem)(train, targets, how)
 
     def solve(self, strength: float, max_iter: int, advance: Callable[[float], None]) -> tuple[Tensor, Tensor]:
         """Weight (N, F) and bias (N,) for a C, in float32."""

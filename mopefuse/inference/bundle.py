@@ -115,8 +115,8 @@ class Bundle:
         names = [name for side, how in self.sides.items() for name, _, _ in _expected(side, how)]
         in_order = sorted(names, key=lambda name: name.endswith("_missing"))
         outputs = self._outputs({name: np.ascontiguousarray(inputs[name]) for name in in_order})  # as the graph was traced
-        if outputs[0].shape[1:] != (len(self.labels),):
-            what = f"the graph has {outputs[0].shape[-1]} logits, and labels.json has {len(self.labels)} labels"
+        if outputs[0].shape[1:] != (wanted := self.task.outputs(self.labels),):
+            what = f"the graph has {outputs[0].shape[-1]} outputs, and labels.json describes {wanted}"
             raise CheckpointError(CheckpointCode.CONTENT_DAMAGED, what, where=str(self.folder), fix=EXPORT_AGAIN)
         if not np.isfinite(outputs[0]).all():
             raise NumericError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +23,33 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 
+class Outcome(Protocol):
+    """What a run predicted for the test samples, and what is true."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(S, N): the numbers of samples and of labels or targets."""
+
+    def measure(self, metric: str, weights_RS: Floats) -> Floats:
+        """The metric (R,) of resamples in which samples occur `weights_RS` times."""
+
+
 @dataclass(frozen=True)
-class Outcome:
+class LabelOutcome:
     """Predicted and true labels of the test samples in one run: sparse matrices (S, N) with 1 for each label."""
 
     predicted_SN: csr_array
     actual_SN: csr_array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """See `Outcome.shape`."""
+        samples, labels = self.actual_SN.shape
+        return samples, labels
+
+    def measure(self, metric: str, weights_RS: Floats) -> Floats:
+        """See `Outcome.measure`; the metric is one of `METRICS`."""
+        return METRICS[metric](self, weights_RS)
 
     @cached_property
     def right_SN(self) -> csr_array:
@@ -64,10 +86,10 @@ def difference(
     Only the choice of test samples varies. The variation of models between seeds is not included.
 
     Args:
-        metric: one of `METRICS`.
+        metric: a metric of the task, see `mopefuse.tasks.base.Task.metrics`.
     """
     assert ours and theirs
-    samples, labels = ours[0].actual_SN.shape
+    samples, labels = ours[0].shape
     whole = np.ones((1, samples))
     observed = float((_of_system(ours, metric, whole) - _of_system(theirs, metric, whole))[0])
     blocks = [
@@ -95,30 +117,30 @@ def draw_resamples(samples: int, resamples: int, seed: int, *, labels: int = 1) 
 
 
 def _of_system(runs: Sequence[Outcome], metric: str, weights_RS: Floats) -> Floats:
-    return np.asarray(np.mean([METRICS[metric](run, weights_RS) for run in runs], axis=0), np.float64)
+    return np.asarray(np.mean([run.measure(metric, weights_RS) for run in runs], axis=0), np.float64)
 
 
-def _accuracy(run: Outcome, weights_RS: Floats) -> Floats:
+def _accuracy(run: LabelOutcome, weights_RS: Floats) -> Floats:
     """Fraction of samples with exactly the true labels."""
     right_S, predicted_S, actual_S = run.counts_3S
     exact_S: Bools = (right_S == predicted_S) & (right_S == actual_S)
     return _mean(exact_S.astype(np.float64), weights_RS)
 
 
-def _f1_macro(run: Outcome, weights_RS: Floats) -> Floats:
-    """Mean F1 over the labels that occur in the resample, as in `mopefuse.metrics.classification`; 0 if none occur."""
+def _f1_macro(run: LabelOutcome, weights_RS: Floats) -> Floats:
+    """Mean F1 over the labels that occur in the resample, as in `mopefuse.metrics.tally`; 0 if none occur."""
     right_RN, both_RN, actual_RN = _counts(run, weights_RS)
     f1_RN = 2 * right_RN / np.maximum(both_RN, 1)
     present_RN = actual_RN > 0
     return np.asarray((f1_RN * present_RN).sum(axis=1) / np.maximum(present_RN.sum(axis=1), 1), np.float64)
 
 
-def _f1_micro(run: Outcome, weights_RS: Floats) -> Floats:
+def _f1_micro(run: LabelOutcome, weights_RS: Floats) -> Floats:
     right_RN, both_RN, _ = _counts(run, weights_RS)
     return np.asarray(2 * right_RN.sum(axis=1) / np.maximum(both_RN.sum(axis=1), 1), np.float64)
 
 
-def _f1_samples(run: Outcome, weights_RS: Floats) -> Floats:
+def _f1_samples(run: LabelOutcome, weights_RS: Floats) -> Floats:
     """Mean F1 of a sample; one without labels counts 1 if none is predicted, else 0."""
     right_S, predicted_S, actual_S = run.counts_3S
     both_S = predicted_S + actual_S
@@ -129,18 +151,18 @@ def _mean(value_S: Floats, weights_RS: Floats) -> Floats:
     return np.asarray(weights_RS @ value_S / len(value_S), np.float64)
 
 
-def _counts(run: Outcome, weights_RS: Floats) -> tuple[Floats, Floats, Floats]:
+def _counts(run: LabelOutcome, weights_RS: Floats) -> tuple[Floats, Floats, Floats]:
     """Numbers (R, N) of correct predictions of a label, of predictions plus true occurrences, and of true occurrences."""
     right_RN = weights_RS @ run.right_SN
     actual_RN = weights_RS @ run.actual_SN
     return right_RN, weights_RS @ run.predicted_SN + actual_RN, actual_RN
 
 
-METRICS: dict[str, Callable[[Outcome, Floats], Floats]] = {
+METRICS: dict[str, Callable[[LabelOutcome, Floats], Floats]] = {
     "accuracy": _accuracy,
     "f1_macro": _f1_macro,
     "f1_micro": _f1_micro,
     "f1_samples": _f1_samples,
 }
 """Metrics that map an outcome and weights (R, S) to values (R,); for weights of 1 they equal
-`mopefuse.metrics.classification`."""
+`mopefuse.metrics.tally`."""

@@ -6,14 +6,11 @@ Nothing is trained here: other scores are read from the finished runs in the sam
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-
-import torch
 
 from mopefuse.config.encoder_sides import specs
 from mopefuse.config.schema import RunConfig
@@ -22,6 +19,7 @@ from mopefuse.errors import MopefuseError
 from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.compare import has_result, study_facts
 from mopefuse.studies.study_file import STUDY_FILE
+from mopefuse.tasks.base import get_task
 
 SIMPLER = ("linear", "mlp", "late-concat", "main-only", "comp-only")
 """Methods that a fusion method has to beat."""
@@ -90,25 +88,21 @@ def _what(config: RunConfig) -> str:
     if config.method == "linear":
         features = {"main": "main", "comp": "comp"}.get(config.linear.features)
         used = [spec for side, spec in named.items() if features is None or side.startswith(features)]
-        return f"logistic regression on {' and '.join(used)}"
+        return f"{get_task(config.data.task or 'single-label').linear_name} on {' and '.join(used)}"
     return f"{config.method} with {' and '.join(spec for spec in named.values() if spec)}"
 
 
-def majority_score(data: DataSet, split: str, metric: str) -> tuple[str, float] | None:
-    """The most frequent label of the training rows, and the score of predicting it for every row of a split.
+def constant_score(data: DataSet, split: str, metric: str) -> tuple[str, float] | None:
+    """The best prediction that is the same for all rows, in words, and its score on a split.
 
     None if the training rows are not there.
     """
-    if "train" not in data.splits:
-        return None
-    counts = Counter(label for labels in data.splits["train"].labels for label in labels)
+    counts = data.splits["train"].labels.counts() if "train" in data.splits else {}
     if not counts:
         return None
-    label = min(counts, key=lambda name: (-counts[name], name))
-    logits_SN = torch.full((len(data.splits[split].rows), len(data.labels)), -10.0)
-    logits_SN[:, data.labels.index(label)] = 10.0
-    scores = data.task.compute(logits_SN, data.targets(split))
-    return label, scores[metric]
+    words, outputs_N = data.task.constant(counts, data.labels)
+    outputs_SN = outputs_N.expand(len(data.splits[split].rows), -1)
+    return words, data.task.compute(outputs_SN, data.targets(split))[metric]
 
 
 def command_for(config: RunConfig) -> str:

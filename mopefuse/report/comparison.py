@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mopefuse.core.formatting import count, duration, size, visible
+from mopefuse.metrics.names import ERRORS, write_number
 from mopefuse.studies.compare import Comparison, Row, Spread
 
 Splits = Sequence[str]
@@ -22,33 +23,37 @@ def cells(comparison: Comparison, splits: Splits, mark: Mark = str) -> tuple[lis
     for row in comparison.rows:
         found = [visible(row.label), str(len(row.runs))]
         for split, metric in metrics:
-            text = _spread(row.metrics[split].get(metric))
+            text = _spread(metric, row.metrics[split].get(metric))
             found.append(mark(text) if metric in row.metrics[split] and row.label in comparison.best(split, metric) else text)
         share = f"{100 * row.trainable / row.total:.2f} %"
         found += [f"{row.trainable:,}", share, duration(row.seconds.mean), size(row.peak_memory)]
-        rows.append(found + (_versus(row) if compared else []))
+        rows.append(found + (_versus(comparison.metric, row) if compared else []))
     return columns, rows
 
 
-def _spread(spread: Spread | None) -> str:
+def _spread(metric: str, spread: Spread | None) -> str:
     """0.812 and 0.803 as 80.8 ± 0.6, in per cent."""
     if spread is None or spread.mean != spread.mean:
         return "-"
-    return f"{100 * spread.mean:.1f}" + (f" ± {100 * spread.std:.1f}" if spread.std is not None else "")
+    deviation = "" if spread.std is None else f" ± {write_number(metric, spread.std)}"
+    return write_number(metric, spread.mean) + deviation
 
 
-def _versus(row: Row) -> list[str]:
+def _versus(metric: str, row: Row) -> list[str]:
     if row.versus is None:
         return ["-", "-"]
-    value, low, high = (100 * number for number in (row.versus.value, row.versus.low, row.versus.high))
-    return [f"{value:+.1f} [{low:+.1f}, {high:+.1f}]", "<0.001" if row.versus.p < 0.001 else f"{row.versus.p:.3f}"]
+    numbers = (row.versus.value, row.versus.low, row.versus.high)
+    value, low, high = (write_number(metric, number, signed=True) for number in numbers)
+    return [f"{value} [{low}, {high}]", "<0.001" if row.versus.p < 0.001 else f"{row.versus.p:.3f}"]
 
 
 def notes(comparison: Comparison) -> list[str]:
     """Explain the numbers, and list what the comparison leaves out."""
     several = any(len(row.runs) > 1 for row in comparison.rows)
+    errors = [name for name in comparison.metrics if name in ERRORS]
+    but = f" ({' and '.join(errors)} in the units of the labels)" if errors else ""
     remarks = [
-        f"Metrics in per cent{', mean ± standard deviation over n seeds' if several else ''}; time is the mean of a run."
+        f"Metrics in per cent{but}{', mean ± standard deviation over n seeds' if several else ''}; time is the mean of a run."
     ]
     if comparison.against is not None:
         remarks.append(

@@ -73,6 +73,7 @@ def check_page(report: Report, *, name: str, summary: str, columns: Sequence[str
         splits=splits,
         kinds=_kinds(report),
         balance=_balance(report),
+        numbers=[(split, *found.values()) for split, found in report.numbers.items()],
         later=[split for split in _LATER if split in report.splits],
         several=report.task == "multi-label",
         ratio=f"{ratio:.3g}" if ratio else "",
@@ -117,7 +118,7 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
         ("rows", f"{totals['rows']:,}"),
         ("bad rows", f"{totals['bad_rows']:,}"),
         *((name, f"{totals[name]:,}") for name in files),
-        ("labels", f"{len(report.balance):,}"),
+        *([] if report.numbers else [("labels", f"{len(report.balance):,}")]),
         *[(f"MB of {' and '.join(files)}", f"{totals['bytes'] / 1e6:,.1f}")][: len(files)],
     ]
 

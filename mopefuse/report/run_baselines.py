@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mopefuse.core.formatting import percent
-from mopefuse.report.baselines import command_for, majority_score
+from mopefuse.report.baselines import command_for, constant_score
 from mopefuse.report.pages import Section, fragment
 from mopefuse.report.run_data import RunFacts
 
@@ -14,10 +14,9 @@ def baselines(facts: RunFacts) -> Section:
     """Compare this run with the majority class and with all simpler methods that were run on the same data."""
     metric, mine = facts.main_metric, facts.metrics[facts.main_metric]
     rows: list[tuple[str, str, float, int]] = []
-    majority = majority_score(facts.data, facts.split, metric)
-    if majority is not None:
-        label, score = majority
-        rows.append((f"always “{label}”, the most frequent label in training", "", score, 1))
+    constant = constant_score(facts.data, facts.split, metric)
+    if constant is not None:
+        rows.append((constant[0], "", constant[1], 1))
     for one in facts.baselines:
         n = f", mean of {len(one.scores)} runs" if len(one.scores) > 1 else ""
         rows.append((f"{one.what}{n}", one.folders[0], one.score, len(one.scores)))
@@ -45,7 +44,7 @@ def _start(facts: RunFacts) -> str:
     if facts.config.warm_start == "none" or not isinstance(first, int | float) or not isinstance(chosen, int | float):
         return ""
     name, start = facts.main_metric.replace("_", " "), facts.result.get("start")
-    text = _compared(start) if start else "Step 0 is a logistic regression on the features of the frozen encoders."
+    text = _compared(start) if start else f"Step 0 is a {facts.task.linear_name} on the features of the frozen encoders."
     if facts.step == 0:
         kept = "No later step was better by more than noise, so it was kept."
         return f"{text} Its {name} on validation is {percent(first)}. {kept}"

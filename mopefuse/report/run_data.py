@@ -106,6 +106,11 @@ class RunFacts:
         """Calibration on the split."""
         return measures.calibration(self.p_SN, self.targets)
 
+    @property
+    def calibration_error(self) -> float | None:
+        """The expected calibration error of a classifier."""
+        return self.calibration.error if self.task.is_classification else None
+
     def row(self, number: int) -> Row:
         """A row of the split."""
         return self.data.splits[self.split].rows[number]

@@ -28,6 +28,11 @@ _PROBABILITIES = 3
 _CHOICES = 200  # labels that can be chosen from to filter
 
 
+def sections(facts: RunFacts) -> list[Section | None]:
+    """Everything on the predictions of a classifier."""
+    return [confusion(facts), scores(facts), calibration(facts), examples(facts), mistakes(facts)]
+
+
 def confusion(facts: RunFacts) -> Section | None:
     """A confusion matrix, or the pairs that are most confused; None if a sample may have several labels."""
     if facts.task.name != "single-label":

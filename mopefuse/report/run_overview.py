@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mopefuse.config.encoder_sides import is_comp
 from mopefuse.core.formatting import percent
+from mopefuse.metrics.names import write_metric
 from mopefuse.report.bars import bars
 from mopefuse.report.chart import shorten
 from mopefuse.report.pages import Section, fragment
@@ -26,11 +27,12 @@ _CONDITIONS = {
 def tiles(facts: RunFacts) -> list[tuple[str, str]]:
     """The numbers on top of the page."""
     found = [
-        (f"{facts.split} {name.replace('_', ' ')}", percent(facts.metrics[name]))
-        for name in ("accuracy", "f1_macro", "f1_micro")
-        if name in facts.metrics
+        (f"{facts.split} {name.replace('_', ' ')}", write_metric(name, facts.metrics[name]))
+        for name in facts.task.metrics
+        if name != "f1_samples"
     ]
-    found.append((f"{facts.split} calibration error", percent(facts.calibration.error)))
+    if facts.task.is_classification:
+        found.append((f"{facts.split} calibration error", percent(facts.calibration.error)))
     parameters = facts.result.get("parameters")
     if parameters:
         share = parameters["trainable"] / max(1, parameters["total"])

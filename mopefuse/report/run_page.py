@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mopefuse.report import run_baselines, run_errors, run_missing, run_overview, run_routing, run_training
+from mopefuse.report import run_baselines, run_errors, run_missing, run_overview, run_routing, run_training, run_values
 from mopefuse.report.pages import Section, sections_page
 from mopefuse.report.run_data import RunFacts
 
@@ -17,11 +17,7 @@ def sections(facts: RunFacts) -> list[Section]:
         run_missing.missing(facts),
         run_overview.task(facts),
         run_training.resources(facts),
-        run_errors.confusion(facts),
-        run_errors.scores(facts),
-        run_errors.calibration(facts),
-        run_errors.examples(facts),
-        run_errors.mistakes(facts),
+        *(run_errors.sections(facts) if facts.task.is_classification else run_values.sections(facts)),
         run_training.training(facts),
         *run_routing.sections(facts),
     )

@@ -38,7 +38,7 @@ class Reported:
     split: str
     step: int
     metrics: dict[str, float]
-    calibration_error: float
+    calibration_error: float | None  # of a classifier
     audit: Audit | None
     notes: tuple[str, ...]
 
@@ -93,7 +93,7 @@ def report(
     parts = sections(facts)
     write(page, run_page(facts, parts))
     files = save_charts(parts, figures)
-    return Reported(page, files, split, step, facts.metrics, facts.calibration.error, found, facts.notes)
+    return Reported(page, files, split, step, facts.metrics, facts.calibration_error, found, facts.notes)
 
 
 def _facts(

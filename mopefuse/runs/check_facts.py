@@ -29,6 +29,12 @@ class _Plugin(BaseModel):
     distribution: str
 
 
+class _Task(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: str
+
+
 class _Facts(BaseModel):
     """The facts that loading relies on; a manifest holds more."""
 
@@ -37,7 +43,7 @@ class _Facts(BaseModel):
     mopefuse: str
     method: str
     labels: list[str] = Field(min_length=1)
-    task: dict[str, Any]
+    task: _Task
     encoders: dict[str, _Encoder]
     data: dict[str, Any]
     plugins: list[_Plugin]

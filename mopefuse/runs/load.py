@@ -129,7 +129,8 @@ def load_model(
     config, manifest = folder.config(), folder.manifest()
     modality_of = {side: str(facts["modality"]) for side, facts in manifest["encoders"].items()}
     config = _with_other_specs(config, specs_by_side(main, comp, modality_of), where=str(folder.path))
-    model = build_model(config, len(manifest["labels"]), task_from_facts(manifest["task"]))
+    task = task_from_facts(manifest["task"])
+    model = build_model(config, task.outputs(manifest["labels"]), task)
     check_encoders(model, manifest, where=str(folder.path))
     path, facts = folder.checkpoint(checkpoint)
     model.load_trainable_state_dict(read_tensors(path / "weights.safetensors"), where=str(path))

@@ -12,6 +12,7 @@ from mopefuse.core.artifact import read_json
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode
 from mopefuse.errors import CheckpointError, ConfigError, did_you_mean
 from mopefuse.metrics.bootstrap import Difference, difference
+from mopefuse.metrics.names import ERRORS
 from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.finished_runs import (
     FinishedRun,
@@ -94,12 +95,13 @@ class Comparison:
         return [name for name in all_metrics() if name in self.rows[0].metrics["test"]]
 
     def best(self, split: str, metric: str) -> set[str]:
-        """Labels of the rows with the highest mean; of a search, of the row that validation chose."""
+        """Labels of the rows with the best mean; of a search, of the row that validation chose."""
         if self.chosen is not None:
             return {self.chosen}
         means = {row.label: row.metrics[split][metric].mean for row in self.rows}
-        highest = max((mean for mean in means.values() if not math.isnan(mean)), default=math.nan)
-        return {label for label, mean in means.items() if mean == highest}
+        choose: Any = min if metric in ERRORS else max
+        best = choose((mean for mean in means.values() if not math.isnan(mean)), default=math.nan)
+        return {label for label, mean in means.items() if mean == best}
 
 
 class _Groups(NamedTuple):

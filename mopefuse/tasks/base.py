@@ -9,20 +9,21 @@ Shapes: B samples of a batch, S of a split, N outputs of a model for a sample, Z
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from numpy.typing import NDArray
 
 from mopefuse.core import registry
-from mopefuse.core.error_codes import ConfigCode, PluginCode
-from mopefuse.errors import ConfigError, PluginError, did_you_mean
+from mopefuse.core.error_codes import CheckpointCode, ConfigCode, PluginCode
+from mopefuse.errors import CheckpointError, ConfigError, PluginError, did_you_mean
 from mopefuse.metrics.thresholds import THRESHOLD, Thresholds
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mopefuse.config.schema import RunConfig
     from mopefuse.metrics.bootstrap import Outcome
     from mopefuse.metrics.tally import Tally
 
@@ -81,6 +82,21 @@ class Task(ABC):
         """The task of a run, from `facts`."""
         return cls()
 
+    def fitted(self, targets: Callable[[], Tensor], config: RunConfig) -> Task:
+        """The task of a model that is to be trained, with the settings of its run and what it needs of its training targets.
+
+        Args:
+            targets: returns those of the training split.
+
+        Raises:
+            ConfigError: a setting that has no meaning for the task. DataError: nothing can be learned from the targets.
+        """
+        return self
+
+    def outputs(self, labels: Sequence[str]) -> int:
+        """N, the number of outputs of a model for a sample."""
+        return len(labels)
+
     @abstractmethod
     def describe(self, labels: Sequence[str]) -> str:
         """Describe what is predicted in a few words, such as "one of 7 labels"."""
@@ -137,19 +153,7 @@ class Task(ABC):
         """The loss of each sample (B,), in float32.
 
         Args:
-            weights: from `class_weights`.
-        """
-
-    @abstractmethod
-    def count_labels(self, targets: Tensor, labels: int) -> Tensor:
-        """Count the samples with each label (N,); classification only."""
-
-    @abstractmethod
-    def class_weights(self, counts_N: Tensor, samples: int) -> Tensor:
-        """Weights that give every class the same total weight, 1 on average over samples (scikit-learn's "balanced").
-
-        Args:
-            counts_N: number of samples with each label. samples: S.
+            weights: of classes, from `mopefuse.tasks.classification.Classification.class_weights`.
         """
 
     @abstractmethod
@@ -181,6 +185,14 @@ class Task(ABC):
     @abstractmethod
     def changed(self, before_SN: Tensor, after_SN: Tensor, thresholds: Thresholds = THRESHOLD) -> Tensor:
         """Whether (S,) the prediction for a sample differs between two outputs."""
+
+    @abstractmethod
+    def constant(self, counts: Mapping[str, int], labels: Sequence[str]) -> tuple[str, Tensor]:
+        """The best prediction that is the same for all samples, in words and as outputs (N,).
+
+        Args:
+            counts: number of training rows with each label.
+        """
 
     # -- predictions
 
@@ -250,8 +262,16 @@ def as_task(task: str | Task) -> Task:
 
 
 def task_from_facts(facts: Mapping[str, Any]) -> Task:
-    """The task of a run, from `Task.facts`."""
-    return _class(facts["name"]).from_facts(facts)
+    """The task of a run, from `Task.facts`.
+
+    Raises:
+        CheckpointError: they are damaged, or of a task that is not installed.
+    """
+    try:
+        return _class(facts["name"]).from_facts(facts)
+    except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
+        what, fix = f"the facts of the task are damaged: {error}", "restore the original file"
+        raise CheckpointError(CheckpointCode.CONTENT_DAMAGED, what, where="task", fix=fix) from None
 
 
 def with_task(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,14 @@ class Classification(Task):
         """Count the samples with each label (N,)."""
         return self.actual(targets, labels).sum(dim=0)
 
+    @abstractmethod
+    def class_weights(self, counts_N: Tensor, samples: int) -> Tensor:
+        """Weights that give every class the same total weight, 1 on average over samples (scikit-learn's "balanced").
+
+        Args:
+            counts_N: number of samples with each label. samples: S.
+        """
+
     @property
     @abstractmethod
     def key(self) -> str:
@@ -63,11 +71,20 @@ class Classification(Task):
         numbered = set(known)
         return [name for name in names if name not in numbered]
 
+    def constant(self, counts: Mapping[str, int], labels: Sequence[str]) -> tuple[str, Tensor]:
+        """The most frequent label, see `Task.constant`."""
+        import torch
+
+        label = min(counts, key=lambda name: (-counts[name], name))
+        outputs_N = torch.full((len(labels),), -10.0)
+        outputs_N[labels.index(label)] = 10.0
+        return f"always “{label}”, the most frequent label in training", outputs_N
+
     def outcome(self, outputs_SN: Tensor, targets: Tensor, thresholds: Thresholds = THRESHOLD) -> Outcome:
         """See `Task.outcome`."""
-        from mopefuse.metrics.bootstrap import Outcome
+        from mopefuse.metrics.bootstrap import LabelOutcome
 
-        return Outcome(
+        return LabelOutcome(
             _sparse(self.chosen(outputs_SN, thresholds)), _sparse(self.actual(targets, outputs_SN.shape[-1]))
         )
 
@@ -133,7 +150,7 @@ class Classification(Task):
 
     def read_outcome(self, lines: Iterable[tuple[int, Mapping[str, Any]]], samples: int, labels: Sequence[str]) -> Outcome:
         """See `Task.read_outcome`."""
-        from mopefuse.metrics.bootstrap import Outcome
+        from mopefuse.metrics.bootstrap import LabelOutcome
 
         column_of = {label: column for column, label in enumerate(labels)}
         predicted, actual = ((array("q"), array("q")) for _ in range(2))  # rows and columns of each
@@ -142,7 +159,7 @@ class Classification(Task):
                 found = [written] if isinstance(written, str) else written
                 columns.extend([column_of[label] for label in dict.fromkeys(found)])
                 rows.extend([sample] * (len(columns) - len(rows)))
-        return Outcome(*(_ones(*places, (samples, len(labels))) for places in (predicted, actual)))
+        return LabelOutcome(*(_ones(*places, (samples, len(labels))) for places in (predicted, actual)))
 
 
 def _sparse(labels_SN: Tensor) -> csr_array:

@@ -27,6 +27,9 @@ class Listener:
     def on_notice(self, text: str) -> None:
         """Called with a message for the user."""
 
+    def on_task(self, text: str) -> None:
+        """Called first, with a description of the task."""
+
     def on_rows(self, counts: dict[str, int]) -> None:
         """Called when the data were read, with the number of rows of each split."""
 

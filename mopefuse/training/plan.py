@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from mopefuse.core import device as devices
 from mopefuse.core import distributed
 from mopefuse.data.base import Batch, DataSet
 from mopefuse.data.collate import Samples
+from mopefuse.data.labels_task import describe_task
 from mopefuse.data.load import load_data
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model, check_names, full_specs, require_rows
@@ -108,8 +109,9 @@ def prepare(config: RunConfig, listener: Listener, device: torch.device | None =
     """
     check_names(config)  # before reading data, which can take minutes
     data = _load(config, listener)
-    config = _with_modalities(config, data)
-    model = build_model(config, len(data.labels), data.task)
+    data = replace(data, task=data.task.fitted(lambda: data.targets("train"), config))
+    config = _with_facts(config, data)
+    model = build_model(config, data.outputs, data.task)
     _require_rows(model, data)
     if device is not None:
         devices.move_to_device(model, device)
@@ -130,14 +132,16 @@ def _load(config: RunConfig, listener: Listener) -> DataSet:
     if distributed.world_size() > 1:  # one process checks the files; the others then use its index
         distributed.run_on_main(lambda: load_data(config.data, advance=advance) and None)
     data = load_data(config.data, advance=advance)
+    listener.on_task(describe_task(data.task, data.labels, config.data))
     for text in data.notices:
         listener.on_notice(text)
     return data
 
 
-def _with_modalities(config: RunConfig, data: DataSet) -> RunConfig:
-    """`config` with the modalities of the data, so that a plugin installed later adds none to the run."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"modalities": data.modalities})})
+def _with_facts(config: RunConfig, data: DataSet) -> RunConfig:
+    """`config` with the task and the modalities of the data, so that a plugin installed later adds none to the run."""
+    found = {"modalities": data.modalities, "task": data.task.name}
+    return config.model_copy(update={"data": config.data.model_copy(update=found)})
 
 
 def _require_rows(model: Fusion, data: DataSet) -> None:

@@ -25,6 +25,7 @@ from mopefuse.fusion.build import build_model, check_names
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import Loaded, load_model, with_data_path
 from mopefuse.runs.locate import find_run
+from mopefuse.tasks.base import task_from_facts
 from mopefuse.training.listener import Listener
 from mopefuse.training.plan import resolve_defaults
 from mopefuse.training.train import train
@@ -139,8 +140,14 @@ def _require_trained_by_steps(old: Loaded, run: Path) -> None:
 def _new_model(config: RunConfig) -> tuple[Fusion, tuple[str, ...]]:
     """The new model before training, and the labels of its data."""
     check_names(config)
-    labels = distributed.run_on_main(lambda: load_data(config.data).labels)
-    return build_model(config, len(labels)), labels
+    labels, facts = distributed.run_on_main(lambda: _labels_and_task(config))
+    task = task_from_facts(facts)
+    return build_model(config, task.outputs(labels), task), labels
+
+
+def _labels_and_task(config: RunConfig) -> tuple[tuple[str, ...], dict[str, Any]]:
+    data = load_data(config.data)
+    return data.labels, data.task.fitted(lambda: data.targets("train"), config).facts()
 
 
 def _train_and_compare(

@@ -33,6 +33,7 @@ from mopefuse.metrics.thresholds import THRESHOLD, Thresholds
 from mopefuse.prompts.usage import statistics
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import get_thresholds
+from mopefuse.tasks.classification import Classification
 from mopefuse.training.duration import Duration, evaluation_steps
 from mopefuse.training.listener import Listener, Progress
 from mopefuse.training.optimizer import (
@@ -125,8 +126,9 @@ class Trainer:
     def _class_weights(self) -> Tensor | None:
         if self.config.train.class_weights != "balanced":
             return None
-        counts_N = self.data.sparse_targets("train").counts()
-        return self.data.task.class_weights(counts_N, len(self.train_samples)).to(self.device)
+        task, counts_N = self.data.task, self.data.sparse_targets("train").counts()
+        assert isinstance(task, Classification), "other tasks refuse the setting"
+        return task.class_weights(counts_N, len(self.train_samples)).to(self.device)
 
     # -- start and resume
 

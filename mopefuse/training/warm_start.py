@@ -62,7 +62,7 @@ def _settings(trainer: Trainer) -> FitSettings:
     """Settings of the fit."""
     data, config, weights = trainer.data, trainer.config, trainer.class_weights
     return FitSettings(
-        labels=len(data.labels),
+        labels=data.outputs,
         task=data.task,
         threshold=config.train.threshold,
         balanced=config.train.class_weights == "balanced",

@@ -1,0 +1,39 @@
+"""What a data check says about labels, which depends on the task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.data import cross_row_checks
+from mopefuse.data.cross_row_checks import Indexes
+from mopefuse.data.findings import Finding
+from mopefuse.data.known_labels import are_listed
+from mopefuse.data.label_check import locate_suspicious_labels
+from mopefuse.data.labels_task import infer_task, odd_numbers, summarize_numbers
+from mopefuse.errors import DataError
+from mopefuse.tasks.base import Task, get_task
+
+
+def find_task(indexes: Indexes, root: Path, config: DataConfig) -> Task:
+    """Return the task, or any for labels that training refuses because some are lists and some strings."""
+    try:
+        return infer_task(indexes, config, classes_are_listed=are_listed(root, config))
+    except DataError:  # reported as mixed labels
+        return get_task("multi-label")
+
+
+def find_label_problems(indexes: Indexes, root: Path, config: DataConfig, task: Task) -> tuple[tuple[str, ...], list[Finding]]:
+    """Find the labels of a classifier, none for a regression, and what is wrong with labels."""
+    if not task.is_classification:
+        return (), list(odd_numbers(indexes))
+    labels, found = cross_row_checks.find_labels(indexes, root, config)
+    if "train" in indexes:
+        found += locate_suspicious_labels(indexes["train"], root, config)
+    return labels, [*found, *cross_row_checks.mixed_labels(indexes), *cross_row_checks.unknown_labels(indexes, labels)]
+
+
+def summarize_splits(indexes: Indexes) -> dict[str, dict[str, float]]:
+    """Summarize the labels of a regression in each split that has some."""
+    found = {name: summarize_numbers(index.labels) for name, index in indexes.items()}
+    return {name: numbers for name, numbers in found.items() if numbers}

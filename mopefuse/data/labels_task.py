@@ -1,0 +1,158 @@
+"""The task of a data set: given, or inferred from how its labels are written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+
+import numpy as np
+
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.error_codes import DataCode
+from mopefuse.data.findings import Finding, finding_at
+from mopefuse.data.index import Index
+from mopefuse.data.label_cells import LIST
+from mopefuse.data.labels import Labels
+from mopefuse.data.split_rows import Numbers
+from mopefuse.errors import DataError
+from mopefuse.tasks.base import Task, get_task
+from mopefuse.tasks.regression import parse_number
+
+_CODES, _AMOUNTS = 20, 10  # numbers of distinct integers, and of other numbers, that can be classes
+_LEADING_ZERO = re.compile(r"0\d+")  # found in codes, not in quantities
+_YEARS = 1500, 2100
+
+
+def infer_task(indexes: Mapping[str, Index], config: DataConfig, *, classes_are_listed: bool = False) -> Task:
+    """Return the task that `data.task` names, or else the one that the labels of train look like.
+
+    Labels that are lists are multi-label, unless they are lists of quantities of one length; quantities are regression; all
+    others are single-label.
+
+    Args:
+        classes_are_listed: whether a file lists the labels, which are then classes. So are they with `data.allow_odd_labels`.
+
+    Raises:
+        ConfigError: there is no such task. DataError: the labels are not of the task, or some are lists and some strings.
+    """
+    parts = {name: (index, index.good()) for name, index in indexes.items()}
+    lists = are_lists(parts)
+    if config.task is not None:
+        task = get_task(config.task)
+        if task == "single-label" and lists:
+            place = next(index.place(int(rows[0])) for index, rows in parts.values() if len(rows))
+            fix = "use --task multi-label" + (", or remove --label-sep" if config.label_sep else "")
+            raise DataError(DataCode.MIXED_LABELS, "labels are lists, and the task is single-label", where=place, fix=fix)
+        return task
+    if classes_are_listed or config.allow_odd_labels:
+        return get_task("multi-label" if lists else "single-label")
+    index, rows = parts["train"] if "train" in parts else next(iter(parts.values()), (None, np.zeros(0, np.int64)))
+    if index is not None and config.label_sep in (None, LIST) and _are_quantities(index, rows):
+        return get_task("regression")
+    return get_task("multi-label" if lists else "single-label")
+
+
+def are_lists(parts: Mapping[str, tuple[Index, Numbers]]) -> bool:
+    """Whether labels are written as lists.
+
+    Raises:
+        DataError: some are lists and some are strings.
+    """
+    place_of: dict[bool, str] = {}  # position of the first row whose labels are a list, or are not
+    for index, rows in parts.values():
+        lists = index.list_S[rows]
+        for is_list in (False, True):
+            if (lists == is_list).any():
+                place_of[is_list] = index.place(rows[lists == is_list][0])
+    if len(place_of) == 2:
+        what = "some labels are strings and some are lists"
+        raise DataError(DataCode.MIXED_LABELS, what, where=place_of[True], fix="write all labels as strings, or all as lists")
+    return True in place_of
+
+
+def _are_quantities(index: Index, rows: Numbers) -> bool:
+    """Whether the labels of some rows are quantities, the same number in each row."""
+    lengths = np.diff(index.labels.start_S1)[rows]
+    same = len(lengths) > 0 and lengths[0] > 0 and (lengths == lengths[0]).all()
+    return bool(same) and look_like_quantities(index.labels.take(rows).counts(), len(rows))
+
+
+def look_like_quantities(labels: Collection[str], rows: int) -> bool:
+    """Whether labels are numbers that are not codes, years or ratings: with fractions, or far apart.
+
+    Args:
+        rows: number of rows that have these labels; few rows can have few quantities.
+    """
+    numbers = [value for label in labels if (value := parse_number(label)) is not None]
+    if len(numbers) < len(labels) or len(numbers) < 3 or any(map(_LEADING_ZERO.fullmatch, labels)):
+        return False
+    lowest, highest = min(numbers), max(numbers)
+    if all(value.is_integer() for value in numbers):
+        is_years = _YEARS[0] <= lowest <= highest <= _YEARS[1]
+        return highest - lowest >= 2 * len(numbers) and len(numbers) > _CODES and not is_years
+    is_rating = all((2 * value).is_integer() for value in numbers) and highest - lowest < len(numbers) <= 2 * _CODES
+    return not is_rating and (len(numbers) > _AMOUNTS or 2 * len(numbers) >= rows)
+
+
+def require_numbers(parts: Mapping[str, tuple[Index, Numbers]]) -> int:
+    """Check that every row has the same number of labels, all of them numbers; returns how many.
+
+    Raises:
+        DataError: a row has not; it names the first.
+    """
+    count = 0
+    for index, rows in parts.values():
+        labels = index.labels.take(rows)
+        wrong = [name for name in labels.counts() if parse_number(name) is None]
+        if wrong:
+            row = int(rows[labels.first_rows()[wrong[0]]])
+            what, fix = f"the label {wrong[0]!r:.60} is not a number", "correct or remove the row, or use --task single-label"
+            raise DataError(DataCode.NOT_A_NUMBER, what, where=index.place(row), fix=fix)
+        lengths = np.diff(labels.start_S1)
+        count = count or (int(lengths[0]) if len(lengths) else 0)
+        odd = np.flatnonzero(lengths != max(count, 1))
+        if len(odd):
+            what = f"the row has {int(lengths[odd[0]])} numbers as label, and others have {max(count, 1)}"
+            place = index.place(int(rows[odd[0]]))
+            raise DataError(DataCode.NOT_A_NUMBER, what, where=place, fix="give every row the same number of numbers")
+    return max(count, 1)
+
+
+def odd_numbers(indexes: Mapping[str, Index]) -> Iterator[Finding]:
+    """Yield a finding for each label that is not a number, at its first row."""
+    for index in indexes.values():
+        first = index.labels.first_rows()
+        for name, count in index.labels.counts().items():
+            if parse_number(name) is None:
+                message = f"the label {name!r:.60} is not a number"
+                code = DataCode.NOT_A_NUMBER.text
+                yield finding_at(index, first[name], "label-not-a-number", message, code=code, rows=count)
+
+
+def summarize_numbers(labels: Labels) -> dict[str, float] | None:
+    """Lowest and highest number among the labels, their quartiles and mean, each row counted; None if there are none."""
+    value_U = np.array([np.nan if (value := parse_number(name)) is None else value for name in labels.names])
+    value_Z = value_U[labels.code_Z]
+    value_Z = value_Z[~np.isnan(value_Z)]
+    if not len(value_Z):
+        return None
+    names = ("lowest", "quarter", "median", "three_quarters", "highest")
+    found = dict(zip(names, np.quantile(value_Z, (0, 0.25, 0.5, 0.75, 1)).tolist(), strict=True))
+    return {**found, "mean": float(value_Z.mean())}
+
+
+def target_names(config: DataConfig, count: int) -> tuple[str, ...]:
+    """Names of the targets of a regression: the column of the label, with a number if there are several."""
+    return (config.label_col,) if count == 1 else tuple(f"{config.label_col}_{number}" for number in range(count))
+
+
+def describe_task(task: Task, labels: tuple[str, ...], config: DataConfig) -> str:
+    """Describe the task in a line for the user, and how to change one that was inferred."""
+    text = f"{task}, {task.describe(labels)}"
+    if config.task is not None:
+        return text
+    if task == "regression":
+        return f"{text} (inferred from the labels; for classes, add --task single-label)"
+    if task == "single-label" and len(labels) > _AMOUNTS and all(parse_number(label) is not None for label in labels):
+        return f"{text} (they are numbers; to predict a number, add --task regression)"
+    return text

@@ -1,0 +1,123 @@
+"""Sections of the page of a regression on its predictions: predicted against true values, errors, examples.
+
+Shapes: S samples of the split, T targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from torch import Tensor
+
+from mopefuse.metrics.names import write_metric
+from mopefuse.report.chart import Chart, data_of, make_chart, plain, shorten
+from mopefuse.report.pages import Section, fragment
+from mopefuse.report.row_values import text_of
+from mopefuse.report.run_data import RunFacts
+from mopefuse.tasks.regression import Regression
+
+_POINTS = 2000  # in a chart
+_IN_TABLE = 200  # samples below it
+_CHARTS = 4  # targets with a chart
+_EXAMPLES, _WORST = 8, 8
+_TEXT = 300  # characters
+
+
+def sections(facts: RunFacts) -> list[Section]:
+    """Everything on the predictions of a regression."""
+    return [scatter(facts), scores(facts), examples(facts), mistakes(facts)]
+
+
+def values(facts: RunFacts) -> tuple[Tensor, Tensor]:
+    """Predicted and true values (S, T)."""
+    assert isinstance(facts.task, Regression)
+    return facts.task.values(facts.logits_SN.double()), facts.targets.double()
+
+
+def scatter(facts: RunFacts) -> Section:
+    """Predicted against true values, a chart for each of the first targets."""
+    predicted_ST, actual_ST = values(facts)
+    some = np.linspace(0, len(actual_ST) - 1, min(len(actual_ST), _POINTS)).astype(int).tolist()
+    charts = [
+        _chart(facts, number, name, some, predicted_ST[:, number], actual_ST[:, number])
+        for number, name in enumerate(facts.labels[:_CHARTS])
+    ]
+    caption = "Each dot is a sample; on the line, the prediction is right."
+    if len(some) < len(actual_ST):
+        caption += f" {len(some):,} of {len(actual_ST):,} samples are shown."
+    body = Markup("").join(fragment("figure", chart, caption) for chart in charts)
+    return Section("values", "Predicted and true values", body, tuple(charts), half=True)
+
+
+def _chart(facts: RunFacts, number: int, name: str, some: Sequence[int], predicted_S: Tensor, actual_S: Tensor) -> Chart:
+    import altair as alt
+
+    rows = facts.data.splits[facts.split].rows
+    points = [(rows[i].id, float(actual_S[i]), float(predicted_S[i])) for i in some]
+    dots = [
+        {"actual": actual, "predicted": predicted, "tip": f"{identity}: {plain(actual)}, predicted {plain(predicted)}"}
+        for identity, actual, predicted in points
+    ]
+    both = [value for _, *pair in points for value in pair]
+    ends = [{"actual": value, "predicted": value} for value in (min(both), max(both))]
+    scale = alt.Scale(domain=[min(both), max(both)], nice=True, zero=False)
+    x = alt.X("actual:Q", scale=scale, axis=alt.Axis(title=f"true {name}", grid=False, tickCount=5))
+    y = alt.Y("predicted:Q", scale=scale, axis=alt.Axis(title=f"predicted {name}", domain=False, ticks=False))
+    layers: list[Any] = [
+        alt.Chart(data_of(ends)).mark_line(style="reference").encode(x=x, y=y),
+        alt.Chart(data_of(dots)).mark_circle(opacity=0.6, size=30).encode(x=x, y=y, tooltip=alt.Tooltip("tip:N")),
+    ]
+    table = [[identity, plain(actual), plain(predicted)] for identity, actual, predicted in points[:_IN_TABLE]]
+    label = f"predicted {name} against true {name}"
+    return make_chart(f"values-{number}", label, layers, ["id", "true", "predicted"], table, height=300)
+
+
+def scores(facts: RunFacts) -> Section:
+    """The metrics of each target."""
+    found = facts.task.count(facts.logits_SN, facts.targets).per_label(facts.labels)
+    names = list(facts.task.metrics)
+    rows = [
+        [row["label"], *(write_metric(name, row[name]) for name in names), f"{plain(row['lowest'])} to {plain(row['highest'])}"]
+        for row in found
+    ]
+    return Section("scores", "Errors", fragment("table", ["target", *names, "true values"], rows), half=True)
+
+
+def examples(facts: RunFacts) -> Section:
+    """Some samples, evenly spaced by their true value."""
+    order = values(facts)[1][:, 0].argsort().tolist()
+    places = np.linspace(0, len(order) - 1, min(len(order), _EXAMPLES)).astype(int)
+    return Section("examples", "Examples", fragment("cards", _cards(facts, [order[place] for place in places])))
+
+
+def mistakes(facts: RunFacts) -> Section:
+    """The samples with the largest loss."""
+    order = facts.task.loss(facts.logits_SN, facts.targets).argsort(descending=True, stable=True)[:_WORST].tolist()
+    return Section("mistakes", "Largest errors", fragment("cards", _cards(facts, order)))
+
+
+def _cards(facts: RunFacts, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    predicted_ST, actual_ST = values(facts)
+    cards = []
+    for number in numbers:
+        row = facts.row(number)
+        cards.append(
+            {
+                "id": row.id,
+                "picture": facts.picture(row),
+                "text": shorten(text_of(row), _TEXT),
+                "actual": _shown(facts, actual_ST[number]),
+                "predicted": _shown(facts, predicted_ST[number]),
+                "probabilities": [],
+            }
+        )
+    return cards
+
+
+def _shown(facts: RunFacts, values_T: Tensor) -> list[str]:
+    """Values with the names of their targets, if there are several."""
+    texts = [plain(value) for value in values_T.tolist()]
+    return texts if len(texts) == 1 else [f"{name} {text}" for name, text in zip(facts.labels, texts, strict=True)]

@@ -1,0 +1,300 @@
+"""Regression: each sample has one or several numbers.
+
+A model predicts numbers in standard deviations from the mean of the training split, so that no setting depends on units.
+Losses: squared error, absolute error, Huber's (Annals of Mathematical Statistics 35, 1964), and that of quantiles (Koenker and
+Bassett , Econometrica 46, 1978), with which a model predicts several quantiles, and so an interval.
+
+Shapes: B samples of a batch, S of a split, T targets, Q quantiles, N = T Q outputs of a model, target by target.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mopefuse.core.error_codes import ConfigCode, DataCode
+from mopefuse.core.formatting import json_text
+from mopefuse.errors import ConfigError, DataError
+from mopefuse.metrics.thresholds import THRESHOLD, Thresholds
+from mopefuse.tasks.base import Array, Labelled, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mopefuse.config.schema import RunConfig
+    from mopefuse.metrics.bootstrap import Outcome
+    from mopefuse.metrics.values import ValueTally
+
+_NUMBER = re.compile(r"[$€£¥]?\s*[-+]?(?:\d+|\d{1,3}(?:[, ]\d{3})+)(?:[.,]\d+)?(?:[eE][-+]?\d+)?\s*[%$€£¥]?")
+_LARGEST = 1e300
+_LOSSES = ("mse", "mae", "huber", "quantile")
+_DIGITS = 7  # significant digits of written values; models compute in float32
+
+
+def parse_number(label: str) -> float | None:
+    """Parse a number as people write it, such as ``12.5``, ``1,299`` or ``€ 3``; None if it is not one."""
+    text = label.strip()
+    if not _NUMBER.fullmatch(text):
+        return None
+    digits = re.sub(r"[^\d.,eE+-]|[, ](?=\d{3}(?!\d))", "", text)
+    value = float(digits.replace(",", "."))
+    return value if abs(value) < _LARGEST else None
+
+
+class Regression(Task):
+    """One or several numbers; targets are numbers (B, T) in their own units, float32.
+
+    Args:
+        mean, deviation: mean and standard deviation of each target in training (T); empty before training.
+        loss: "mse", "mae", "huber" or "quantile". delta: error from which Huber's loss is linear, in standard deviations.
+        quantiles: the quantiles that a model with the quantile loss predicts, ascending, with 0.5 among them.
+    """
+
+    name, metric, metric_title = "regression", "r2", "R²"
+    metrics = ("r2", "mae", "rmse", "spearman")
+    is_classification = False
+    linear_name = "ridge regression"
+
+    def __init__(
+        self,
+        mean: Sequence[float] = (),
+        deviation: Sequence[float] = (),
+        *,
+        loss: str = "mse",
+        delta: float = 1.0,
+        quantiles: Sequence[float] = (0.5,),
+    ) -> None:
+        self.mean, self.deviation, self.loss_name, self.delta = tuple(mean), tuple(deviation), loss, delta
+        self.quantiles = tuple(quantiles) if loss == "quantile" else (0.5,)
+
+    def facts(self) -> dict[str, Any]:
+        """See `Task.facts`."""
+        how = {"loss": self.loss_name, "delta": self.delta, "quantiles": list(self.quantiles)}
+        return {"name": self.name, "mean": list(self.mean), "deviation": list(self.deviation), **how}
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Regression:
+        """See `Task.from_facts`."""
+        loss, delta, quantiles = facts["loss"], float(facts["delta"]), [float(level) for level in facts["quantiles"]]
+        mean, deviation = ([float(value) for value in facts[key]] for key in ("mean", "deviation"))
+        known = loss in _LOSSES and 0.5 in quantiles and len(mean) == len(deviation)
+        if not known or not all(map(isfinite, (*mean, *deviation, delta))) or any(value <= 0 for value in deviation):
+            raise ValueError("its loss, quantiles, mean and deviation do not fit each other")
+        return cls(mean, deviation, loss=loss, delta=delta, quantiles=quantiles)
+
+    def fitted(self, targets: Callable[[], Tensor], config: RunConfig) -> Regression:
+        """See `Task.fitted`."""
+        if config.train.class_weights == "balanced":
+            what = "labels are numbers, so there are no classes to balance"
+            raise ConfigError(ConfigCode.SETTING_OF_OTHER_TASK, what, where="--class-weights", fix="remove --class-weights")
+        values_ST = targets().double()
+        deviation_T = values_ST.std(dim=0, correction=0)
+        if not (deviation_T > 0).all():
+            what = "all training rows have the same number as label, so there is nothing to learn"
+            raise DataError(DataCode.ONE_CLASS, what, where="train", fix="specify the label column with --label-col")
+        how = config.regression
+        mean, deviation = values_ST.mean(dim=0).tolist(), deviation_T.tolist()
+        return Regression(mean, deviation, loss=how.loss, delta=how.delta, quantiles=how.quantiles)
+
+    def describe(self, labels: Sequence[str]) -> str:
+        """See `Task.describe`."""
+        return f"the number {labels[0]}" if len(labels) == 1 else f"{len(labels)} numbers"
+
+    def outputs(self, labels: Sequence[str]) -> int:
+        """N, one output for each quantile of each target."""
+        return len(labels) * len(self.quantiles)
+
+    # -- data
+
+    def encode(self, names: Sequence[str], known: Sequence[str]) -> Array:
+        """The numbers (U,) float64 that labels are."""
+        values = [parse_number(name) for name in names]
+        if None in values:
+            raise KeyError(names[values.index(None)])
+        return np.array(values, dtype=np.float64)
+
+    def unknown_labels(self, names: Iterable[str], known: Sequence[str]) -> list[str]:
+        """Those of some labels that are not numbers."""
+        return [name for name in names if parse_number(name) is None]
+
+    def targets(self, start_B1: Array, number_Z: Array, count: int) -> Tensor:
+        """The numbers (B, T) in their own units, float32."""
+        import torch
+
+        return torch.from_numpy(number_Z.astype(np.float32)).reshape(len(start_B1) - 1, -1)
+
+    def as_written(self, labels: Sequence[Any]) -> Any:
+        """The only number, or a list of several; labels from a table are parsed."""
+        values = [parse_number(label) if isinstance(label, str) else label for label in labels]
+        return values[0] if len(values) == 1 else values
+
+    def check_label(self, label: Any, count: int, where: str) -> None:
+        """See `Task.check_label`."""
+        values = list(label) if isinstance(label, Sequence) and not isinstance(label, str) else [label]
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) for value in values)
+        wanted = count // len(self.quantiles) or len(values)
+        if not numbers or len(values) != wanted:
+            expected = "a number" if wanted == 1 else f"a list of {wanted} numbers"
+            what, fix = f"the label is {label!r:.60}, expected {expected}", f"pass {expected}; mopefuse.PairDataset does this"
+            raise DataError(DataCode.INVALID_LABEL_VALUE, what, where=where, fix=fix)
+
+    def stack_labels(self, labels: Sequence[Any], count: int) -> Tensor:
+        """The numbers (B, T), float32."""
+        import torch
+
+        return torch.tensor(labels, dtype=torch.float32).reshape(len(labels), -1)
+
+    # -- training
+
+    def loss(self, outputs_BN: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The loss (B,) of standardised numbers, averaged over targets and quantiles, in float32."""
+        import torch
+        from torch.nn import functional as F
+
+        outputs_BTQ = outputs_BN.float().unflatten(-1, (-1, len(self.quantiles)))
+        mean_T, deviation_T = self._statistics(targets)
+        wanted_BTQ = ((targets - mean_T) / deviation_T).float().unsqueeze(-1).expand_as(outputs_BTQ)
+        if self.loss_name == "quantile":
+            error_BTQ = wanted_BTQ - outputs_BTQ
+            level_Q = torch.tensor(self.quantiles, device=error_BTQ.device)
+            loss_BTQ = torch.maximum(level_Q * error_BTQ, (level_Q - 1) * error_BTQ)
+        elif self.loss_name == "huber":
+            loss_BTQ = F.huber_loss(outputs_BTQ, wanted_BTQ, reduction="none", delta=self.delta)
+        elif self.loss_name == "mae":
+            loss_BTQ = (outputs_BTQ - wanted_BTQ).abs()
+        else:
+            loss_BTQ = (outputs_BTQ - wanted_BTQ).square()
+        return loss_BTQ.flatten(1).mean(dim=-1)
+
+    def standardise(self, targets_ST: Tensor) -> Tensor:
+        """The targets (S, T) in standard deviations from their mean in training."""
+        mean_T, deviation_T = self._statistics(targets_ST)
+        return (targets_ST - mean_T) / deviation_T
+
+    def average(self, each: Sequence[Tensor]) -> Tensor:
+        """The mean of outputs."""
+        import torch
+
+        return torch.stack([*each]).mean(dim=0)
+
+    # -- evaluation
+
+    def tally(self, samples: int, outputs: int) -> ValueTally:
+        """See `Task.tally`."""
+        import torch
+
+        from mopefuse.metrics.values import ValueTally
+
+        targets = outputs // len(self.quantiles)
+        deviation_T = torch.tensor(self.deviation or [1.0] * targets, dtype=torch.double)
+        return ValueTally(samples, targets, self.values, self.loss, deviation_T)
+
+    def values(self, outputs_SN: Tensor) -> Tensor:
+        """The numbers (S, T) that outputs predict, in their own units: of several quantiles the median."""
+        mean_T, deviation_T = self._statistics(outputs_SN)
+        return outputs_SN[:, self.quantiles.index(0.5) :: len(self.quantiles)] * deviation_T + mean_T
+
+    def outcome(self, outputs_SN: Tensor, targets: Tensor, thresholds: Thresholds = THRESHOLD) -> Outcome:
+        """See `Task.outcome`."""
+        from mopefuse.metrics.values import ValueOutcome
+
+        return ValueOutcome(self.values(outputs_SN.double()).numpy(), targets.double().numpy())
+
+    def changed(self, before_SN: Tensor, after_SN: Tensor, thresholds: Thresholds = THRESHOLD) -> Tensor:
+        """Whether (S,) a number changes by more than a tenth of the standard deviation in training."""
+        middle = slice(self.quantiles.index(0.5), None, len(self.quantiles))
+        return ((before_SN - after_SN)[:, middle].abs() > 0.1).any(dim=-1)
+
+    def constant(self, counts: Mapping[str, int], labels: Sequence[str]) -> tuple[str, Tensor]:
+        """The mean of the training split, see `Task.constant`."""
+        import torch
+
+        return "always the mean of the training labels", torch.zeros(self.outputs(labels))
+
+    # -- predictions
+
+    def decode(self, outputs_BN: Array) -> Array:
+        """The numbers (B, N) in their own units, float64."""
+        mean_N, deviation_N = (np.repeat(each, len(self.quantiles)) for each in (self.mean or 0.0, self.deviation or 1.0))
+        return np.asarray(outputs_BN.astype(np.float64) * deviation_N + mean_N)
+
+    def predict(
+        self, decoded_N: Sequence[float], labels: Sequence[str], thresholds: Sequence[float], top: int | None = None
+    ) -> dict[str, Any]:
+        """``{"value": number}``, with several targets ``{"value": {name: number}}``; with quantiles also ``"quantiles"``."""
+        count = len(self.quantiles)
+        each = [sorted(map(_rounded, decoded_N[first : first + count])) for first in range(0, len(decoded_N), count)]
+        values = [quantiles[self.quantiles.index(0.5)] for quantiles in each]
+        found: dict[str, Any] = {"value": _by_target(labels, values)}
+        if count > 1:
+            levels = [f"{level:g}" for level in self.quantiles]
+            found["quantiles"] = _by_target(labels, [dict(zip(levels, one, strict=True)) for one in each])
+        return found
+
+    def table_header(self, labels: Sequence[str]) -> list[str]:
+        """See `Task.table_header`."""
+        levels = [f"q{level:g}" for level in self.quantiles] if len(self.quantiles) > 1 else []
+        names = [""] if len(labels) == 1 else [f"({label})" for label in labels]
+        return [f"{what}{name}" for name in names for what in ("value", *levels)]
+
+    def table_cells(self, prediction: Mapping[str, Any], labels: Sequence[str]) -> list[Any]:
+        """See `Task.table_cells`."""
+        if "value" not in prediction:
+            return [""] * len(self.table_header(labels))
+        cells: list[Any] = []
+        for label in labels:
+            value, quantiles = (_of_target(prediction.get(key), label, len(labels)) for key in ("value", "quantiles"))
+            cells += [value, *(quantiles or {}).values()]
+        return cells
+
+    def collect(
+        self, index_B: Tensor, outputs_BN: Tensor, targets: Tensor, thresholds: Thresholds = THRESHOLD
+    ) -> tuple[Tensor, ...]:
+        """Positions of the samples (B,), and their outputs, sample by sample (B N,)."""
+        return index_B, outputs_BN.double().flatten()
+
+    def prediction_lines(
+        self, parts: Iterable[Sequence[Tensor]], rows: Sequence[Labelled], labels: Sequence[str]
+    ) -> Iterator[str]:
+        """``{"id", "value", "true"}``; see `Task.prediction_lines`."""
+        found: list[tuple[int, list[float]]] = []
+        for index_B, outputs_Z in parts:
+            decoded_BN = self.decode(outputs_Z.reshape(len(index_B), self.outputs(labels)).numpy())
+            found += zip(index_B.tolist(), decoded_BN.tolist(), strict=True)
+        for index, decoded_N in sorted(found):
+            row = rows[index]
+            true = _by_target(labels, [parse_number(label) for label in row.labels])
+            yield json_text({"id": row.id, **self.predict(decoded_N, labels, ()), "true": true}) + "\n"
+
+    def read_outcome(self, lines: Iterable[tuple[int, Mapping[str, Any]]], samples: int, labels: Sequence[str]) -> Outcome:
+        """See `Task.read_outcome`."""
+        from mopefuse.metrics.values import ValueOutcome
+
+        both = np.zeros((2, samples, len(labels)))
+        for sample, line in lines:
+            for number, key in enumerate(("value", "true")):
+                both[number, sample] = [float(_of_target(line[key], label, len(labels))) for label in labels]
+        return ValueOutcome(*both)
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each target (T,) on the device of a tensor; 0 and 1 before training."""
+        known = ((0.0,), (1.0,)) if not self.mean else (self.mean, self.deviation)
+        mean_T, deviation_T = (like.new_tensor(each) for each in known)
+        return mean_T, deviation_T
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")
+
+
+def _by_target(labels: Sequence[str], values: Sequence[Any]) -> Any:
+    """The only value, or values by the name of their target."""
+    return values[0] if len(labels) == 1 else dict(zip(labels, values, strict=True))
+
+
+def _of_target(values: Any, label: str, count: int) -> Any:
+    return values if count == 1 or values is None else values[label]
