@@ -22,7 +22,9 @@ from mopefuse.fusion import Fusion, Output
 from mopefuse.modalities import base as modalities
 from mopefuse.modalities.base import Modality
 from mopefuse.modalities.files import Files
-from mopefuse.testing import check_fusion, check_modality
+from mopefuse.tasks.regression import Regression
+from mopefuse.tasks.single_label import SingleLabel
+from mopefuse.testing import check_fusion, check_modality, check_task
 
 INSTALLED = registry.available(registry.FUSION)
 METHODS = [name for name, (point, *_) in INSTALLED.items() if registry.distribution(point) == "mopefuse"]
@@ -422,3 +424,55 @@ def test_a_class_that_is_not_a_modality_and_files_without_a_folder_fail(check: C
         check(Blob)  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match="values are files · fix: pass values"):
         check_modality("image")
+
+
+# -- tasks
+
+LABELS = [["a"], ["b"], ["c"], ["a"]] * 5
+SETS = [["a", "b"], ["b"], [], ["c", "a"]] * 5
+NUMBERS = [["1.5"], ["2.5"], ["-3"], ["12.25"], ["0.125"]] * 4
+PAIRS = [["1.5", "2"], ["2.5", "2"], ["-3", "0.5"], ["12.25", "7"]] * 5
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "known"),
+    [
+        ("single-label", LABELS, "abc"),
+        ("multi-label", SETS, "abc"),
+        ("regression", NUMBERS, ["price"]),
+        (Regression([2.0], [5.0]), NUMBERS, ["price"]),
+        (Regression([2.0, 3.0], [5.0, 2.0], loss="huber"), PAIRS, ["price", "weight"]),
+        (Regression([2.0], [5.0], loss="quantile", quantiles=(0.1, 0.5, 0.9)), NUMBERS, ["price"]),
+    ],
+    ids=["single-label", "multi-label", "regression", "fitted", "several", "quantiles"],
+)
+def test_every_built_in_task_satisfies_the_contract(task: Any, rows: list[list[str]], known: Any) -> None:
+    assert check_task(task, rows=rows, known=[*known]) == (task if isinstance(task, str) else task.name)
+
+
+class Broken(SingleLabel):
+    """Each test breaks one method of it."""
+
+
+def batch_mean(self: Any, outputs_BN: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    return SingleLabel.loss(self, outputs_BN, targets).mean().expand(len(targets))
+
+
+@pytest.mark.parametrize(
+    ("method", "broken", "message"),
+    [
+        ("metrics", ("f1_macro",), "is not the first of its metrics"),
+        ("stack_labels", lambda self, labels, count: torch.zeros(len(labels)), "differs from targets"),
+        ("loss", batch_mean, "the loss of a sample depends on its batch"),
+        ("average", lambda self, each: torch.stack([*each]).sum(0), "of equal outputs"),
+        ("table_header", lambda self, labels: ["label"], "have different lengths"),
+        ("as_written", lambda self, labels: "a", "stack_labels|the label is|differs"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_task_that_breaks_its_contract_is_told_how(
+    method: str, broken: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Broken, method, broken)
+    with pytest.raises(AssertionError, match=message):
+        check_task(Broken(), rows=LABELS, known="abc")

@@ -222,3 +222,42 @@ def test_sample_losses_average_to_the_loss(multi_label: bool) -> None:
     targets = (logits_SN > 0.3).float() if multi_label else torch.arange(9) % 4
     mean = float(task_of(multi_label).loss(logits_SN, targets).mean())
     assert mean == pytest.approx(task_of(multi_label).compute(logits_SN, targets)["loss"], rel=1e-5)
+
+
+# -- metrics of probabilities
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_ranking_metrics_equal_scikit_learns(multi: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits_SN = torch.randn(60, 7, generator=draw)
+    targets = (torch.rand(60, 7, generator=draw) < 0.3).float() if multi else torch.randint(7, (60,), generator=draw)
+    task, actual_SN = task_of(multi), (targets if multi else torch.nn.functional.one_hot(targets, 7)).numpy()
+    p_SN = task.probabilities(logits_SN).double().numpy()
+    found = task.compute(logits_SN, targets)
+    assert found["auroc"] == pytest.approx(sk.roc_auc_score(actual_SN, p_SN, average="macro"))
+    assert found["average_precision"] == pytest.approx(sk.average_precision_score(actual_SN, p_SN, average="macro"))
+    assert found["calibration_error"] == metrics.calibration(task.probabilities(logits_SN), targets).error
+    if not multi:
+        wanted = sk.top_k_accuracy_score(targets.numpy(), p_SN, k=5, labels=np.arange(7))
+        assert found["top5_accuracy"] == pytest.approx(wanted)
+
+
+def test_labels_that_all_or_no_samples_have_cannot_be_ranked() -> None:
+    targets = torch.tensor([[1.0, 1, 0], [0, 1, 0], [1, 1, 0]])
+    logits = torch.tensor([[2.0, 0, 0], [1, 0, 0], [3, 0, 0]])
+    assert MULTI.compute(logits, targets)["auroc"] == 1.0
+    assert math.isnan(MULTI.compute(logits[:, 1:], targets[:, 1:])["auroc"])
+
+
+def test_ranking_metrics_of_large_splits_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mopefuse.metrics.ranking.MOST", 20)
+    found = SINGLE.compute(torch.randn(3, 7), torch.arange(3))
+    assert {"auroc", "calibration_error"}.isdisjoint(found) and "top5_accuracy" in found
+    assert "auroc" in SINGLE.compute(torch.randn(2, 7), torch.arange(2))
+
+
+def test_the_top_five_break_ties_as_the_prediction_does() -> None:
+    same = torch.zeros(7, 7)
+    assert SINGLE.compute(same, torch.arange(7))["top5_accuracy"] == pytest.approx(5 / 7)
+    assert SINGLE.compute(same, torch.arange(7))["accuracy"] == pytest.approx(1 / 7)

@@ -355,3 +355,19 @@ def test_training_in_python_takes_rows_with_numbers(prices: Path) -> None:
     assert batch.targets is not None and batch.targets.shape == (2, 1) and batch.targets.dtype == torch.float32
     assert model(batch).logits.shape == (2, 1) and model.task == "regression"
     assert code_of(lambda: model.collate([{**dataset[0], "label": "12"}])) == "MF-DATA-337"
+
+
+@pytest.mark.parametrize(("metric", "best"), [("mae", min), ("spearman", max), ("loss", min)])
+def test_any_metric_of_the_task_selects_the_checkpoint(metric: str, best: Any, prices: Path, tmp_path: Path) -> None:
+    options = ("--select", metric, "--warm-start", "none", "--epochs", "4", "--experts", "2", "--batch", "30")
+    done = call("train", *SPECS, *columns(prices), "--out", tmp_path / "run", *options)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["val"][metric] for line in lines if "val" in line}
+    selected = json.loads((tmp_path / "run" / "metrics.json").read_text())["selected_step"]
+    assert len(scores) == 4 and scores[selected] == best(scores.values())
+
+
+def test_an_unknown_metric_is_refused_before_training(prices: Path, tmp_path: Path) -> None:
+    done = call("train", *SPECS, *columns(prices), "--out", tmp_path / "run", "--select", "accuracy")
+    assert done.returncode == 3 and "regression has no metric 'accuracy' · --select" in done.stderr

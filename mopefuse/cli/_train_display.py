@@ -119,7 +119,9 @@ class Display(Listener):
                 self._writer.add_scalar(f"val/{name}", value, progress.step)
         if not distributed.is_main() or self.json:
             return
-        names = [name for name in found if name not in ("loss", "absent_labels")]
+        from mopefuse.tasks.base import all_metrics
+
+        names = [name for name in found if name in {next(iter(found)), *all_metrics()} - {"loss"}]
         shown = "  ".join(f"{name} {write_metric(name, found[name])}" for name in names)
         star = "  best" if best else ""
         line = f"step {progress.step}  validation  {shown}  loss {found['loss']:.3f}  {duration(progress.seconds)}{star}"

@@ -74,6 +74,7 @@ FLAGS = (
     Flag("--class-weights", "train.class_weights", TRAINING, TRAIN_AND_FIT),
     Flag("--modality-dropout", "train.modality_dropout", TRAINING),
     Flag("--threshold", "train.threshold", TRAINING, metavar="NUMBER|tuned"),
+    Flag("--select", "train.select_by", TRAINING, metavar="METRIC"),
     Flag("--seed", "seed", TRAINING, TRAIN_AND_FIT),
     Flag("--device", "device", TRAINING, TRAIN_AND_FIT, metavar="DEVICE"),
     Flag("--precision", "train.precision", TRAINING, TRAIN_AND_FIT),

@@ -268,6 +268,9 @@ class Train(Section):
         0.5, description="multi-label data: probability from which a label is predicted; tuned: chosen on validation"
     )
     select: Literal["best", "last"] = Field("best", description="checkpoint to test: the best on validation, or the last")
+    select_by: str | None = Field(
+        None, min_length=1, description="metric on validation that selects the best checkpoint; default: that of the task"
+    )
     checkpoint_every: int | None = Field(500, ge=1, le=_MANY, description="also write a checkpoint every N steps")
     log_every: int = Field(20, ge=1, le=_MANY, description="write a line to metrics.jsonl every N steps")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="number format; auto: bf16 if the GPU has it")

@@ -16,7 +16,7 @@ def parse_gates(texts: Sequence[str]) -> dict[str, float]:
     Raises:
         ConfigError: not of this form, or an unknown metric.
     """
-    gates, known = {}, all_metrics()
+    gates, known = {}, all_metrics(more=True)
     for text in texts:
         name, _, value = text.partition("=")
         if name not in known:

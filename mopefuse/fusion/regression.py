@@ -217,7 +217,7 @@ def score(logits_SN: Tensor, actual: Tensor, how: FitSettings) -> float:
         actual: class indices (S,), or zeros and ones (S, N).
     """
     thresholds = _thresholds(logits_SN, actual, how)
-    return how.task.compute(logits_SN, actual, thresholds)[how.task.metric]
+    return how.task.count(logits_SN, actual, thresholds).metrics(ranking=False)[how.task.metric]
 
 
 def score_by_sample(logits_SN: Tensor, actual: Tensor, how: FitSettings) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from mopefuse.core.formatting import percent
 
 ERRORS = frozenset(("loss", "mae", "rmse"))
-"""Metrics in units of their own, of which less is better. All others are at most 1, and more is better."""
+"""Metrics in units of their own. All others are at most 1."""
+LOWER_IS_BETTER = ERRORS | {"calibration_error"}
+"""Metrics of which less is better."""
 
 
 def write_metric(name: str, value: float | None) -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from mopefuse.metrics.ranking import TOP, KeptLogits, in_top
 from mopefuse.metrics.thresholds import THRESHOLD, Thresholds, predicted_labels
 
 
@@ -43,8 +44,12 @@ class Tally(ABC):
         """Tensors to sum, in place, over processes that have counted different samples."""
 
     @abstractmethod
-    def metrics(self) -> dict[str, float]:
-        """Compute the metrics of the split, and the mean loss."""
+    def metrics(self, *, ranking: bool = True) -> dict[str, float]:
+        """Compute the metrics of the split, and the mean loss.
+
+        Args:
+            ranking: also those of `mopefuse.metrics.ranking`, which take longer.
+        """
 
     @abstractmethod
     def by_sample(self) -> Tensor:
@@ -81,6 +86,11 @@ class _LabelTally(Tally):
 class SingleLabelTally(_LabelTally):
     """The tally of data in which every sample has one label."""
 
+    def __init__(self, samples: int, labels: int) -> None:
+        super().__init__(samples, labels)
+        self.target_S, self.in_top_S = (torch.zeros(samples, dtype=torch.long) for _ in range(2))
+        self.kept = KeptLogits(samples, labels)
+
     def add(
         self, index_B: Tensor, outputs_Bn: Tensor, targets: Tensor, thresholds: Thresholds = THRESHOLD, *, first: int = 0
     ) -> None:
@@ -91,17 +101,30 @@ class SingleLabelTally(_LabelTally):
         for sum_N, label_B in ((self.right_N, targets[right_B]), (self.predicted_N, predicted_B), (self.actual_N, targets)):
             sum_N += torch.bincount(label_B, minlength=len(sum_N))
         self.right_S[index_B] += right_B.long()
+        self.target_S[index_B] += targets
+        self.in_top_S[index_B] += in_top(logits_BN, targets).long()
+        self.kept.add(index_B, logits_BN)
         self.loss_S[index_B] += F.cross_entropy(logits_BN, targets, reduction="none").double()
 
     def sums(self) -> tuple[Tensor, ...]:
         """See `Tally.sums`."""
-        return self.right_N, self.predicted_N, self.actual_N, self.right_S, self.loss_S
+        by_sample = (self.right_S, self.target_S, self.in_top_S, self.loss_S)
+        return (self.right_N, self.predicted_N, self.actual_N, *by_sample, *self.kept.sums())
 
-    def metrics(self) -> dict[str, float]:
-        """Compute accuracy and macro F1 (over labels that occur; `absent_labels` counts the others), and the mean loss."""
+    def metrics(self, *, ranking: bool = True) -> dict[str, float]:
+        """Compute accuracy and macro F1 (over labels that occur; `absent_labels` counts the others), and the mean loss.
+
+        Also top-5 accuracy, if there are more than five labels, and the metrics of `KeptLogits`.
+        """
         macro, absent = self._macro()
         accuracy, loss = float(self.right_S.double().mean()), float(self.loss_S.mean())
-        return {"accuracy": accuracy, "f1_macro": macro, "absent_labels": absent, "loss": loss}
+        found = {"accuracy": accuracy, "f1_macro": macro, "absent_labels": absent, "loss": loss}
+        if len(self.right_N) > TOP:
+            found["top5_accuracy"] = float(self.in_top_S.double().mean())
+        if not ranking or self.kept.logits_SN is None:
+            return found
+        actual_SN = F.one_hot(self.target_S, len(self.right_N)).bool()
+        return found | self.kept.metrics(lambda logits_SN: logits_SN.softmax(dim=-1), actual_SN, self.target_S)
 
     def by_sample(self) -> Tensor:
         """Return 1 for each sample (S,) whose class is right, and 0 for the others."""
@@ -114,6 +137,8 @@ class MultiLabelTally(_LabelTally):
     def __init__(self, samples: int, labels: int) -> None:
         super().__init__(samples, labels)
         self.predicted_S, self.actual_S = (torch.zeros(samples, dtype=torch.long) for _ in range(2))
+        self.kept = KeptLogits(samples, labels)
+        self.actual_SN = torch.zeros(samples, labels if self.kept.sums() else 0, dtype=torch.uint8)
 
     def add(
         self, index_B: Tensor, outputs_Bn: Tensor, targets: Tensor, thresholds: Thresholds = THRESHOLD, *, first: int = 0
@@ -128,16 +153,20 @@ class MultiLabelTally(_LabelTally):
         for sum_n, sum_S, flag_Bn in zip(by_label, by_sample, flags, strict=True):
             sum_n += flag_Bn.sum(dim=0)
             sum_S[index_B] += flag_Bn.sum(dim=1)
+        self.kept.add(index_B, logits_Bn, first)
+        if self.kept.sums():
+            self.actual_SN[index_B, first:last] += actual_Bn.byte()
         loss_B = F.binary_cross_entropy_with_logits(logits_Bn, targets, reduction="none").sum(dim=-1)
         self.loss_S[index_B] += loss_B.double()
 
     def sums(self) -> tuple[Tensor, ...]:
         """See `Tally.sums`."""
         by_label = (self.right_N, self.predicted_N, self.actual_N)
-        return (*by_label, self.right_S, self.predicted_S, self.actual_S, self.loss_S)
+        by_sample = (self.right_S, self.predicted_S, self.actual_S, self.actual_SN, self.loss_S)
+        return (*by_label, *by_sample, *self.kept.sums())
 
-    def metrics(self) -> dict[str, float]:
-        """Compute micro, macro and per-sample F1, and the mean loss.
+    def metrics(self, *, ranking: bool = True) -> dict[str, float]:
+        """Compute micro, macro and per-sample F1, the mean loss, and the metrics of `KeptLogits`.
 
         Macro F1 is over labels that occur in the split (`absent_labels` counts the others). For F1 over samples, a sample
         without labels counts 1 if none is predicted, else 0.
@@ -150,6 +179,7 @@ class MultiLabelTally(_LabelTally):
             "f1_samples": float(self.by_sample().mean()),
             "absent_labels": absent,
             "loss": float(self.loss_S.mean()) / len(self.right_N),
+            **(self.kept.metrics(torch.sigmoid, self.actual_SN.bool(), self.actual_SN) if ranking else {}),
         }
 
     def by_sample(self) -> Tensor:

@@ -51,7 +51,7 @@ class ValueTally(Tally):
         """See `Tally.sums`."""
         return self.predicted_ST, self.actual_ST, self.loss_S
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, *, ranking: bool = True) -> dict[str, float]:
         """Compute R², mean absolute and root mean squared error, and Spearman's rank correlation, averaged over targets."""
         rows = self.per_label([""] * self.predicted_ST.shape[1])
         found = {name: float(np.mean([row[name] for row in rows])) for name in _MEASURES}

@@ -28,8 +28,8 @@ def tiles(facts: RunFacts) -> list[tuple[str, str]]:
     """The numbers on top of the page."""
     found = [
         (f"{facts.split} {name.replace('_', ' ')}", write_metric(name, facts.metrics[name]))
-        for name in facts.task.metrics
-        if name != "f1_samples"
+        for name in (*facts.task.metrics, "auroc", "average_precision")
+        if name != "f1_samples" and name in facts.metrics
     ]
     if facts.task.is_classification:
         found.append((f"{facts.split} calibration error", percent(facts.calibration.error)))

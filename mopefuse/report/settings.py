@@ -11,7 +11,7 @@ from mopefuse.config.setting_paths import flatten, merge, nest
 
 Derive = Callable[[RunConfig], RunConfig]
 """Fills in settings that are unset, as a run does when it begins."""
-_FROM_DATA = frozenset({"data.modalities"})  # never chosen by the user, but read from the data
+_FROM_DATA = frozenset({"data.modalities", "data.task"})  # usually not chosen by the user, but read from the data
 
 
 def changed_settings(config: RunConfig, derive: Derive, *, hidden: Collection[str] = ()) -> list[tuple[str, str, str]]:

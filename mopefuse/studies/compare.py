@@ -12,7 +12,7 @@ from mopefuse.core.artifact import read_json
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode
 from mopefuse.errors import CheckpointError, ConfigError, did_you_mean
 from mopefuse.metrics.bootstrap import Difference, difference
-from mopefuse.metrics.names import ERRORS
+from mopefuse.metrics.names import LOWER_IS_BETTER
 from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.finished_runs import (
     FinishedRun,
@@ -99,7 +99,7 @@ class Comparison:
         if self.chosen is not None:
             return {self.chosen}
         means = {row.label: row.metrics[split][metric].mean for row in self.rows}
-        choose: Any = min if metric in ERRORS else max
+        choose: Any = min if metric in LOWER_IS_BETTER else max
         best = choose((mean for mean in means.values() if not math.isnan(mean)), default=math.nan)
         return {label for label, mean in means.items() if mean == best}
 

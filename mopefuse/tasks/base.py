@@ -48,7 +48,8 @@ class Task(ABC):
     Attributes:
         name: the name of its entry point. metric: the metric that selects checkpoints; larger is better.
         metric_title: the same as it is written in a sentence.
-        metrics: all metrics by which runs can be compared, the most important first.
+        metrics: the metrics by which runs can be compared, the most important first.
+        more_metrics: other metrics, which can select checkpoints and be quality gates, but have no confidence intervals.
         uses_thresholds: whether a threshold decides which labels are predicted, so that it can be tuned.
         is_classification: whether a label is a class, so that there are probabilities, classes to balance and a calibration.
         linear_name: name of the linear model that is fitted in closed form.
@@ -58,6 +59,7 @@ class Task(ABC):
     metric: ClassVar[str]
     metric_title: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
+    more_metrics: ClassVar[tuple[str, ...]] = ()
     uses_thresholds: ClassVar[bool] = False
     is_classification: ClassVar[bool] = True
     linear_name: ClassVar[str] = "logistic regression"
@@ -96,6 +98,18 @@ class Task(ABC):
     def outputs(self, labels: Sequence[str]) -> int:
         """N, the number of outputs of a model for a sample."""
         return len(labels)
+
+    def selecting_metric(self, wanted: str | None) -> str:
+        """The metric that selects checkpoints: the one that a run asks for, or `metric`.
+
+        Raises:
+            ConfigError: the task has no such metric.
+        """
+        known = (*self.metrics, *self.more_metrics, "loss")
+        if wanted is not None and wanted not in known:
+            what = f"{self} has no metric {wanted!r}"
+            raise ConfigError(ConfigCode.UNKNOWN_METRIC, what, where="--select", fix=did_you_mean(wanted, known))
+        return wanted or self.metric
 
     @abstractmethod
     def describe(self, labels: Sequence[str]) -> str:
@@ -291,11 +305,16 @@ def _sorted(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (name != "single-label", name))
 
 
-def all_metrics() -> tuple[str, ...]:
-    """The names of the metrics of all built-in tasks."""
+def all_metrics(*, more: bool = False) -> tuple[str, ...]:
+    """The names of the metrics of all built-in tasks.
+
+    Args:
+        more: whether to include `Task.more_metrics`.
+    """
     found = registry.available(registry.TASKS).items()
     ours = [name for name, points in found if registry.distribution(points[0]) == registry.OURS]
-    return tuple(dict.fromkeys(metric for name in _sorted(ours) for metric in get_task(name).metrics))
+    tasks = [get_task(name) for name in _sorted(ours)]
+    return tuple(dict.fromkeys(name for task in tasks for name in (*task.metrics, *(task.more_metrics if more else ()))))
 
 
 def _class(name: str) -> type[Task]:

@@ -26,6 +26,7 @@ class MultiLabel(Classification):
 
     name, metric, metric_title = "multi-label", "f1_macro", "macro-F1"
     metrics = ("f1_macro", "f1_micro", "f1_samples")
+    more_metrics = ("auroc", "average_precision", "calibration_error")
     uses_thresholds = True
     key = "labels"
 

@@ -194,9 +194,12 @@ class Regression(Task):
         return ValueTally(samples, targets, self.values, self.loss, deviation_T)
 
     def values(self, outputs_SN: Tensor) -> Tensor:
-        """The numbers (S, T) that outputs predict, in their own units: of several quantiles the median."""
+        """The numbers (S, T) that outputs predict, in their own units: of several quantiles the median.
+
+        Quantiles that cross are sorted first (Chernozhukov, Fernández-Val and Galichon, Econometrica 78, 2010).
+        """
         mean_T, deviation_T = self._statistics(outputs_SN)
-        return outputs_SN[:, self.quantiles.index(0.5) :: len(self.quantiles)] * deviation_T + mean_T
+        return self._middle(outputs_SN) * deviation_T + mean_T
 
     def outcome(self, outputs_SN: Tensor, targets: Tensor, thresholds: Thresholds = THRESHOLD) -> Outcome:
         """See `Task.outcome`."""
@@ -206,8 +209,7 @@ class Regression(Task):
 
     def changed(self, before_SN: Tensor, after_SN: Tensor, thresholds: Thresholds = THRESHOLD) -> Tensor:
         """Whether (S,) a number changes by more than a tenth of the standard deviation in training."""
-        middle = slice(self.quantiles.index(0.5), None, len(self.quantiles))
-        return ((before_SN - after_SN)[:, middle].abs() > 0.1).any(dim=-1)
+        return ((self._middle(before_SN) - self._middle(after_SN)).abs() > 0.1).any(dim=-1)
 
     def constant(self, counts: Mapping[str, int], labels: Sequence[str]) -> tuple[str, Tensor]:
         """The mean of the training split, see `Task.constant`."""
@@ -279,6 +281,11 @@ class Regression(Task):
             for number, key in enumerate(("value", "true")):
                 both[number, sample] = [float(_of_target(line[key], label, len(labels))) for label in labels]
         return ValueOutcome(*both)
+
+    def _middle(self, outputs_SN: Tensor) -> Tensor:
+        """The standardised number (S, T) that outputs predict."""
+        sorted_STQ: Tensor = outputs_SN.unflatten(-1, (-1, len(self.quantiles))).sort(dim=-1)[0]
+        return sorted_STQ[..., self.quantiles.index(0.5)]
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each target (T,) on the device of a tensor; 0 and 1 before training."""

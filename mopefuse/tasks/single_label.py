@@ -27,6 +27,7 @@ class SingleLabel(Classification):
 
     name, metric, metric_title = "single-label", "accuracy", "accuracy"
     metrics = ("accuracy", "f1_macro")
+    more_metrics = ("auroc", "average_precision", "top5_accuracy", "calibration_error")
     key = "label"
 
     def describe(self, labels: Sequence[str]) -> str:

@@ -40,7 +40,7 @@ class Listener:
         """Called after each optimizer step; `total` is the number of steps of the run."""
 
     def on_validation(self, progress: Progress, found: dict[str, float], *, best: bool) -> None:
-        """Called after each validation with its metrics."""
+        """Called after each validation with its metrics, the one that selects checkpoints first."""
 
     def should_stop(self, progress: Progress, total: int) -> bool:
         """Called after each step; True ends training as early stopping does: the last step is validated."""

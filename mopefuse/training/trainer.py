@@ -20,14 +20,15 @@ from mopefuse.config.schema import RunConfig
 from mopefuse.core import distributed
 from mopefuse.core.artifact import dump_json
 from mopefuse.core.atomic_files import write_atomically
-from mopefuse.core.error_codes import NumericCode
+from mopefuse.core.error_codes import ConfigCode, NumericCode
 from mopefuse.core.tensor_files import read_tensors, write_tensors
 from mopefuse.data.base import Batch, DataSet
 from mopefuse.data.collate import Key, derive_seed, epoch_batches, process_share
-from mopefuse.errors import Interrupted, NumericError
+from mopefuse.errors import ConfigError, Interrupted, NumericError
 from mopefuse.evaluation.scoring import Evaluation, score, score_tuned
 from mopefuse.evaluation.split import model_outputs, prepare_samples
 from mopefuse.fusion.base import Fusion
+from mopefuse.metrics.names import LOWER_IS_BETTER
 from mopefuse.metrics.significance import LASTING, difference_in_errors, exceeds_noise
 from mopefuse.metrics.thresholds import THRESHOLD, Thresholds
 from mopefuse.prompts.usage import statistics
@@ -117,7 +118,8 @@ class Trainer:
         self.optimizer = make_optimizer(model, config.train)
         # 4. The state of training.
         self.progress = Progress()
-        self.metric = data.task.metric
+        self.metric = data.task.selecting_metric(config.train.select_by)
+        self._sign = -1 if self.metric in LOWER_IS_BETTER else 1
         self._warned_of_collapse = False
         self._start_S: Tensor | None = None  # after a warm start: score of each validation sample at step 0
         self._train_from: dict[str, Tensor] = {}
@@ -294,8 +296,8 @@ class Trainer:
             evaluation = score(outputs, self.data, "val", THRESHOLD if threshold == "tuned" else threshold)
         found = evaluation.metrics
         routing = statistics(evaluation.load_LK) if evaluation.load_LK is not None else None
-        value = found[self.metric]
-        best = not math.isnan(value) and (self.progress.best is None or value > self.progress.best)
+        value = self._value_of(found)
+        best = not math.isnan(value) and (self.progress.best is None or value > self._sign * self.progress.best)
         if baseline:
             self._start_S = evaluation.score_S
         elif self._start_S is not None:
@@ -304,7 +306,7 @@ class Trainer:
             best = best and exceeds_noise(self.progress.over_start)
         self.progress.waited = 0 if baseline or self._improves(value, found["loss"]) else self.progress.waited + 1
         if best:
-            self.progress.best, self.progress.best_step = value, self.progress.step
+            self.progress.best, self.progress.best_step = self._sign * value, self.progress.step
         self.progress.validated = self.progress.step
         line = {"step": self.progress.step, "val": found, **({"routing": routing} if routing else {})}
         distributed.run_on_main(lambda: self.run.log(line))
@@ -315,7 +317,14 @@ class Trainer:
                 f"router collapse: {100 * routing['unused_share']:.0f} % of the experts are unused, "
                 f"entropy {routing['entropy']:.2f} of 1"
             )
-        self.listener.on_validation(self.progress, found, best=best)
+        self.listener.on_validation(self.progress, {self.metric: found[self.metric], **found}, best=best)
+
+    def _value_of(self, found: Mapping[str, float]) -> float:
+        """What selects the best checkpoint; larger is better."""
+        if self.metric not in found:
+            what = f"{self.metric} is not computed for so many samples and labels"
+            raise ConfigError(ConfigCode.UNKNOWN_METRIC, what, where="--select", fix="select by a different metric")
+        return self._sign * found[self.metric]
 
     def _improves(self, value: float, loss: float) -> bool:
         """Whether a validation has a higher score, or a loss lower by 0.1 %, than all others since training began.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,7 +97,7 @@ TEST_ONLY_TEMPLATES = {  # used in the test split in addition to those above
 }
 
 _PERCENT = {"train": range(70), "val": range(70, 80), "test": range(80, 100)}  # per cent of the UCI samples
-_SOURCE = "UCI Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak; CC BY 4.0), by scikit-learn load_digits"
+SOURCE = "UCI Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak; CC BY 4.0), by scikit-learn load_digits"
 
 
 class Question(NamedTuple):
@@ -188,24 +189,38 @@ def make(
     Raises:
         DataError: a count is not positive, or the folder contains something else.
     """
-    counts = {"train": train, "val": val, "test": test}
+    counts = check_counts({"train": train, "val": val, "test": test}, seed)
+    about = {"dataset": "digit-questions", "version": 1, "seed": seed, "rows": counts, "source": SOURCE}
+
+    def write(building: Path) -> None:
+        for split, rows in counts.items():
+            write_split(building, split, compose(split, rows, seed), lambda content, question: str(question.label))
+
+    write_generated(folder, about, write)
+    return counts
+
+
+def check_counts(counts: dict[str, int], seed: int) -> dict[str, int]:
+    """Return the numbers of rows of each split, if they can be made.
+
+    Raises:
+        DataError: one is not positive, or the seed is negative.
+    """
     if min(counts.values()) < 1 or seed < 0:
         raise DataError(
             DataCode.CANNOT_MAKE_SPLITS,
             f"cannot make splits of {counts} rows with seed {seed}",
             fix="make at least one row of each split",
         )
-    about = {"dataset": "digit-questions", "version": 1, "seed": seed, "rows": counts, "source": _SOURCE}
-
-    def write(building: Path) -> None:
-        for split, rows in counts.items():
-            _write_split(building, split, compose(split, rows, seed))
-
-    write_generated(folder, about, write)
     return counts
 
 
-def _write_split(folder: Path, split: str, content: Split) -> None:
+def write_split(folder: Path, split: str, content: Split, label_of: Callable[[Split, Question], Any]) -> None:
+    """Write the images and the table of a split.
+
+    Args:
+        label_of: returns the label of a question as JSON takes it.
+    """
     images = folder / "images" / split
     images.mkdir(parents=True)
     for number, pixels in enumerate(paint(_uci()[0][content.samples_N4], content.colours_N4)):
@@ -216,6 +231,6 @@ def _write_split(folder: Path, split: str, content: Split) -> None:
                 "id": f"{split}-{number:06d}",
                 "text": question.text,
                 "img": f"images/{split}/{question.image:06d}.png",
-                "label": str(question.label),
+                "label": label_of(content, question),
             }
             lines.write(json.dumps(row) + "\n")
