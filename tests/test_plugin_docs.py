@@ -14,12 +14,12 @@ from plugin_cases import add_site, pip_install
 
 from mopefuse import load
 from mopefuse.core.registry import ENCODERS, FUSION, MODALITIES, parse_spec
-from mopefuse.testing import check_encoder
+from mopefuse.testing import check_encoder, check_task
 
 pytest_plugins = ["plugin_cases"]
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "plugins.md").read_text(encoding="utf-8")
 POINTS = "[mopefuse.encoders]\npatches = shown:Patches\nsensor = shown:Sensor\n[mopefuse.fusion]\nproduct = shown:Product\n"
-POINTS += "[mopefuse.datasets]\ncaptions = shown:Captions\n[mopefuse.modalities]\nsensor = shown:Readings\n"
+POINTS += "[mopefuse.tasks]\nordinal = shown:Ordinal\n[mopefuse.datasets]\ncaptions = shown:Captions\n[mopefuse.modalities]\nsensor = shown:Readings\n"
 
 
 def blocks(language: str) -> list[str]:
@@ -71,6 +71,19 @@ def test_the_method_and_the_promptable_encoder_train_and_can_be_swapped(
     origins = {tensor["name"]: tensor["origin"] for tensor in swap["tensors"]}
     assert (origins["into.main.weight"], origins["into.comp.weight"]) == ("new", "kept")
     assert "method: shown:product\n" in (tmp_path / "swapped" / "config.yaml").read_text()
+
+
+def test_the_task_trains_and_predicts_and_is_recorded(tmp_path: Path, pairs: Path, here: pytest.MonkeyPatch) -> None:
+    add_site(here, shown(tmp_path))
+    check_task("ordinal", rows=[["low"], ["high"], ["middle"]] * 4, known=["low", "middle", "high"])
+    run = tmp_path / "run"
+    done = call("train", *TINY, "--task", "ordinal", "--data", pairs, "--out", run, "--steps", 2)
+    assert done.returncode == 0 and done.stderr.startswith("task: ordinal, one of 3 labels"), done.stderr
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["task"] == {"name": "ordinal"}
+    assert {"group": "mopefuse.tasks", "name": "ordinal", "distribution": "shown", "version": "1.0"} in manifest["plugins"]
+    done = call("predict", run, "--image", pairs / "images" / "test-0.png", "--text", "what is the red digit")
+    assert json.loads(done.stdout)["label"] in ("a", "b", "c")
 
 
 def test_the_modality_is_read_from_its_column_and_passed_by_name(

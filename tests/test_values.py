@@ -371,3 +371,22 @@ def test_any_metric_of_the_task_selects_the_checkpoint(metric: str, best: Any, p
 def test_an_unknown_metric_is_refused_before_training(prices: Path, tmp_path: Path) -> None:
     done = call("train", *SPECS, *columns(prices), "--out", tmp_path / "run", "--select", "accuracy")
     assert done.returncode == 3 and "regression has no metric 'accuracy' · --select" in done.stderr
+
+
+def test_a_study_of_numbers_compares_by_any_metric_and_a_search_by_a_score(prices: Path, tmp_path: Path) -> None:
+    base = {"main": "tiny:vision", "comp": "tiny:text", "method": "linear"}
+    base |= {"data": {"path": str(prices), "label_col": "price", "split_col": "split"}}
+    study = {"settings": base, "cells": {"both": {}, "text": {"linear.features": "comp"}}, "metric": "rmse"}
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    done = call("study", tmp_path / "study.yaml", "--out", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    done = call("compare", tmp_path / "out", "--against", "text", "--json")
+    rows = {row["label"]: row for row in json.loads(done.stdout)["rows"]}
+    assert rows["both"]["best"] and rows["both"]["versus"]["value"] < 0, "less is better"
+    for changes, message in (
+        ({"metric": "mse"}, "there is no metric 'mse'"),
+        ({"cells": {}, "search": {"space": {"train.lr": {"low": 1e-3, "high": 1e-2}}}}, "a search maximises"),
+    ):
+        (tmp_path / "bad.yaml").write_text(json.dumps({**study, **changes}))
+        done = call("study", tmp_path / "bad.yaml", "--out", tmp_path / "no")
+        assert done.returncode == 3 and message in done.stderr, done.stderr

@@ -24,9 +24,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from mopefuse.config.messages import need, shortened
 from mopefuse.config.recipe import find_recipe, find_study, parse_set, read_recipe
@@ -36,12 +36,23 @@ from mopefuse.config.setting_paths import flatten, merge, nest
 from mopefuse.core.cache import make_key
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.errors import ConfigError, did_you_mean
+from mopefuse.metrics.names import LOWER_IS_BETTER
 from mopefuse.studies.search_space import Range, Search
+from mopefuse.tasks.base import all_metrics
 
 STUDY_FILE, KIND = "study.json", "study"
 
 Settings = dict[str, Any]
 
+
+
+def _known_metric(name: str) -> str:
+    if name not in all_metrics():
+        raise ValueError(f"there is no metric {name!r}: {did_you_mean(name, all_metrics())}")
+    return name
+
+
+Metric = Annotated[str, AfterValidator(_known_metric)]
 
 class StudyFile(Section):
     """The schema of the file."""
@@ -53,9 +64,15 @@ class StudyFile(Section):
     cells: dict[str, Settings | None] = Field({}, description="settings of each cell, by label; they override `settings`")
     search: Search | None = Field(None, description="settings to search, instead of grid and cells")
     baseline: str | None = Field(None, description="label of the row that the others are compared with")
-    metric: Literal["accuracy", "f1_macro", "f1_micro", "f1_samples"] | None = Field(
-        None, description="metric to compare by; default accuracy, or macro-F1 of multi-label data"
+    metric: Metric | None = Field(
+        None, description="metric to compare by; default accuracy, or macro-F1 of multi-label data, or R² of a regression"
     )
+
+    @model_validator(mode="after")
+    def _search_raises_a_score(self) -> StudyFile:
+        if self.search is not None and self.metric in LOWER_IS_BETTER:
+            raise ValueError(f"metric: a search maximises, and {self.metric} is an error; use r2 or spearman")
+        return self
 
     @field_validator("seeds")
     @classmethod
