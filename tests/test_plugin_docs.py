@@ -19,7 +19,8 @@ from mopefuse.testing import check_encoder, check_task
 pytest_plugins = ["plugin_cases"]
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "plugins.md").read_text(encoding="utf-8")
 POINTS = "[mopefuse.encoders]\npatches = shown:Patches\nsensor = shown:Sensor\n[mopefuse.fusion]\nproduct = shown:Product\n"
-POINTS += "[mopefuse.tasks]\nordinal = shown:Ordinal\n[mopefuse.datasets]\ncaptions = shown:Captions\n[mopefuse.modalities]\nsensor = shown:Readings\n"
+POINTS += "[mopefuse.datasets]\ncaptions = shown:Captions\n[mopefuse.modalities]\nsensor = shown:Readings\n"
+POINTS += "[mopefuse.tasks]\nordinal = shown:Ordinal\n"
 
 
 def blocks(language: str) -> list[str]:

@@ -390,3 +390,18 @@ def test_a_study_of_numbers_compares_by_any_metric_and_a_search_by_a_score(price
         (tmp_path / "bad.yaml").write_text(json.dumps({**study, **changes}))
         done = call("study", tmp_path / "bad.yaml", "--out", tmp_path / "no")
         assert done.returncode == 3 and message in done.stderr, done.stderr
+
+
+def test_swapping_an_encoder_keeps_the_task(run: Path, tmp_path: Path) -> None:
+    done = call("swap-encoder", run, "--comp", "tiny:text-b", "-o", tmp_path / "swapped", "--epochs", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    old, new = (json.loads((path / "manifest.json").read_text())["task"] for path in (run, tmp_path / "swapped"))
+    assert old == new and new["name"] == "regression"
+
+
+def test_fit_chooses_a_regression(prices: Path, tmp_path: Path) -> None:
+    done = call("fit", *columns(prices)[1:], *SPECS[:4], "--budget", "20s", "--out", tmp_path / "fit", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "calibration_error" not in done.stdout and "ridge" in (tmp_path / "fit" / "leaderboard.md").read_text()
+    predicted = call("predict", tmp_path / "fit", prices)
+    assert predicted.returncode == 0 and "value" in json.loads(predicted.stdout.splitlines()[0])

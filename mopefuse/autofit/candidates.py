@@ -12,6 +12,7 @@ from typing import Any
 
 from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.config.setting_paths import merge
+from mopefuse.tasks.base import Task
 
 WARM_START = "auto"
 """Conditional prompts start at the best simple model of the frozen features."""
@@ -23,6 +24,7 @@ class Candidate:
     """A method with its settings.
 
     Args:
+        title: ``{linear}`` stands for the linear model of the task.
         changes: settings, nested, that differ from those of the fit. reads: "main", "comp" or "both".
         swapped: whether main and comp exchange their roles.
     """
@@ -32,6 +34,10 @@ class Candidate:
     changes: Mapping[str, Any] = field(default_factory=dict)
     reads: str = "both"
     swapped: bool = False
+
+    def title_for(self, task: Task) -> str:
+        """The title, with the name of the linear model of a task."""
+        return self.title.format(linear=task.linear_name)
 
     def config(self, values: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> RunConfig:
         """The configuration of its run.
@@ -61,10 +67,10 @@ def _conditional(name: str, title: str, *, swapped: bool = False, **changes: Any
 
 
 REGRESSIONS = (
-    _linear("comp", "logistic regression"),
-    _linear("main", "logistic regression"),
-    _linear("concat", "logistic regression"),
-    _linear("average", "average of two logistic regressions"),
+    _linear("comp", "{linear}"),
+    _linear("main", "{linear}"),
+    _linear("concat", "{linear}"),
+    _linear("average", "average of two {linear}s"),
 )
 NETWORKS = (
     _mlp("mlp", "MLP"),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mopefuse.autofit.calibration import Calibration, calibrate, calibration_error, fold_temperature
+from mopefuse.autofit.calibration import Calibration, calibrate, fold_temperature
 from mopefuse.autofit.candidates import CANDIDATES, REGRESSIONS
 from mopefuse.autofit.context import Context
 from mopefuse.autofit.cross_validation import average
@@ -48,9 +48,6 @@ def finish(context: Context, leader: str, chosen: str) -> Leaderboard:
     targets = context.data.targets("test")
     predicted = Predictions(torch.arange(len(targets)), logits_SN)
     test_score = Judge(context.data.task, targets, context.data.outputs).score(predicted)
-    test, task = dict(evaluation.metrics), context.data.task
-    if isinstance(task, Classification):
-        test["calibration_error"] = calibration_error(task, logits_SN, targets)
     board = Leaderboard(
         lines=_lines(context, leader, chosen),
         metric=context.judge.metric,
@@ -59,7 +56,7 @@ def finish(context: Context, leader: str, chosen: str) -> Leaderboard:
         budget=context.budget.total,
         calibration=calibration,
         ensemble=_ensemble(context, chosen),
-        test=test,
+        test=evaluation.metrics,
         test_score=test_score,
     )
     board.write(context.folder.path)

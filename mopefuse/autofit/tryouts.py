@@ -37,13 +37,14 @@ def try_regressions(context: Context) -> None:
     """Cross-validate all regressions."""
     if all(context.is_done(candidate) for candidate in REGRESSIONS):
         return
-    context.listener.on_phase("cross-validation of logistic regressions", context.budget)
+    linear = f"{context.data.task.linear_name}s"
+    context.listener.on_phase(f"cross-validation of {linear}", context.budget)
     began = time.monotonic()
     sides = tuple(context.modality_of)
     groups: dict[str, tuple[str, ...]] = {head_name(side): (side,) for side in sides}
     groups |= {"linear-comp": tuple(filter(is_comp, sides)), "linear-concat": sides}
     config = REGRESSIONS[-1].config(context.values, {"linear": {"max_iter": _MAX_ITER}})
-    clock = FoldClock("logistic regressions", context.budget, context.listener, _REGRESSION_SHARE)
+    clock = FoldClock(linear, context.budget, context.listener, _REGRESSION_SHARE)
     how = fit_settings(context.features, context.data.outputs, config)
     found = cross_validate_regressions(context.features, how, groups, clock)
     heads = [found[head_name(side)] for side in sides]
@@ -54,7 +55,8 @@ def try_regressions(context: Context) -> None:
         context.folder.save_predictions(head_name(side), found[head_name(side)].predictions)
     seconds = round((time.monotonic() - began) / len(REGRESSIONS), 2)
     for candidate in REGRESSIONS:
-        entry = Entry(candidate.name, candidate.title, context.reads(candidate), CROSS_VALIDATED, seconds=seconds)
+        title = candidate.title_for(context.data.task)
+        entry = Entry(candidate.name, title, context.reads(candidate), CROSS_VALIDATED, seconds=seconds)
         entry.strengths, entry.trainable = strengths[candidate.name], _count_trainable(context, candidate)
         context.record(entry, predictions[candidate.name])
 
