@@ -21,7 +21,8 @@ from sklearn.linear_model import Ridge
 import mopefuse
 from mopefuse.config.method_settings import Linear
 from mopefuse.config.schema import Data, build_config
-from mopefuse.data.labels_task import look_like_quantities
+from mopefuse.data.labels import Labels, Targets
+from mopefuse.data.labels_task import describe_task, look_like_quantities
 from mopefuse.data.load import load_data
 from mopefuse.errors import MopefuseError
 from mopefuse.fusion.regression import FitSettings, Fold, fit_heads
@@ -111,10 +112,13 @@ def test_losses_do_not_depend_on_units() -> None:
     """A target in cents has the loss of one in euros."""
     draw = torch.Generator().manual_seed(0)
     targets, outputs = torch.randn(20, 1, generator=draw), torch.randn(20, 1, generator=draw)
+    rows = [[str(value)] for value in targets[:, 0].tolist()], [[str(100 * value)] for value in targets[:, 0].tolist()]
     for loss in ("mse", "mae", "huber"):
         one, other = Regression([2.0], [0.5], loss=loss), Regression([200.0], [50.0], loss=loss)
-        torch.testing.assert_close(one.loss(outputs, targets), other.loss(outputs, 100 * targets))
+        encoded = [Targets(Labels.from_rows(each), ("x",), task).dense() for each, task in zip(rows, (one, other), strict=True)]
+        torch.testing.assert_close(one.loss(outputs, encoded[0]), other.loss(outputs, encoded[1]))
         torch.testing.assert_close(100 * one.values(outputs), other.values(outputs))
+        torch.testing.assert_close(one.in_units(encoded[0]).float(), targets)
 
 
 def test_the_limits_of_the_losses() -> None:
@@ -149,11 +153,12 @@ def test_ridge_regression_equals_scikit_learns(samples: int) -> None:
     y = 50 + 10 * x[:, :2] + noise
     task = Regression(y.double().mean(0).tolist(), y.double().std(0, correction=0).tolist())
     how = FitSettings(2, task, 0.5, False, Linear(strengths=(0.05,)))
-    fold = Fold({"main": x}, y)
+    z = ((y.double() - y.double().mean(0)) / y.double().std(0, correction=0)).float()
+    fold = Fold({"main": x}, z)
     state, _ = fit_heads({"head": ("main",)}, fold, fold, how)
     standard = (x - state["standard.main.mean_C"]) / state["standard.main.deviation_C"]
     ours = task.values(standard @ state["head.weight"].T + state["head.bias"])
-    theirs = Ridge(alpha=20.0).fit(standard.double().numpy(), task.standardise(y).double().numpy())
+    theirs = Ridge(alpha=20.0).fit(standard.double().numpy(), z.double().numpy())
     wanted = theirs.predict(standard.double().numpy()) * y.double().std(0, correction=0).numpy() + y.double().mean(0).numpy()
     np.testing.assert_allclose(ours.numpy(), wanted, rtol=1e-4)
 
@@ -176,8 +181,12 @@ def test_quantiles_of_a_linear_start_contain_their_share_of_the_training_rows() 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("12.5", 12.5), ("-3", -3), ("1,299", 1299), ("1,299.50", 1299.5), ("€ 3", 3), ("3,5", 3.5), ("1e-3", 1e-3)]
-    + [(text, None) for text in ("", "abc", "1.2.3", "12 apples", "nan", "inf", "1e999", "0x10", "1_000")],
+    [
+        *[("12.5", 12.5), ("-3", -3), ("+3", 3), ("1,299", 1299), ("1,299.50", 1299.5), ("1e-3", 1e-3), (".5", 0.5), ("5.", 5)],
+        *[("€ 3", 3), ("-$5", -5), ("\u22125", -5), ("1\u202f299", 1299), ("₹ 500", 500), ("12 %", 12)],
+        *((text, None) for text in ("", "abc", "1.2.3", "12 apples", "nan", "inf", "1e999", "0x10", "1_000", "--3", "1 2")),
+        *((text, None) for text in ("$", "٣", "3,5", "0,595", "12345,678", "1,299,50")),
+    ],
 )  # fmt: skip
 def test_numbers_are_parsed_as_people_write_them(text: str, value: float | None) -> None:
     assert parse_number(text) == value
@@ -194,9 +203,10 @@ def test_numbers_are_parsed_as_people_write_them(text: str, value: float | None)
         (["1.0", "1.5", "2.0", "2.5", "3.0", "3.5", "4.0"], 100, False),
         ([f"{number:03}" for number in range(0, 900, 7)], 300, False),
         (["0", "1"], 10, False),
-        (["a", *[f"{number * 3.17:.2f}" for number in range(30)]], 100, False),
+        (["a", "b", *[f"{number * 3.17:.2f}" for number in range(30)]], 100, False),
+        (["n/a", *[f"{number * 3.17:.2f}" for number in range(30)]], 100, True),
     ],
-    ids=["prices", "few of few rows", "far apart", "digits", "years", "ratings", "codes", "yes or no", "a word"],
+    ids=["prices", "few of few rows", "far apart", "digits", "years", "ratings", "codes", "yes or no", "words", "a mistake"],
 )
 def test_quantities_are_told_from_codes(labels: list[str], rows: int, quantities: bool) -> None:
     assert look_like_quantities(labels, rows) is quantities
@@ -231,7 +241,7 @@ def test_lists_of_numbers_are_several_targets_in_order_with_repetitions(tmp_path
     [
         ([1.5, "n/a", 2.5, 3.1], {}, "MF-DATA-03", "label is a string, expected a number"),
         (["1.5", "n/a", "2.5"], {"task": "regression"}, "MF-DATA-400", "the label 'n/a' is not a number"),
-        ([[1.5, 2.5], [1.25]], {"task": "regression"}, "MF-DATA-400", "has 1 numbers as label, and others have 2"),
+        ([[1.5, 2.5], [1.25]], {"task": "regression"}, "MF-DATA-400", "a list of length 1, and that of other rows of length 2"),
         ([["a"], ["b"]], {"task": "single-label"}, "MF-DATA-05", "labels are lists"),
         (["a", "b"], {"task": "regresion"}, "MF-CFG-338", "task must be one of"),
     ],
@@ -255,9 +265,9 @@ def test_rows_are_held_out_and_drawn_regardless_of_their_numbers(tmp_path: Path)
 
 def test_a_label_without_variance_and_class_weights_are_refused() -> None:
     config = build_config({"main": "tiny:vision", "comp": "tiny:text"})
-    assert code_of(lambda: get_task("regression").fitted(lambda: torch.ones(4, 1), config)) == "MF-DATA-07"
+    assert code_of(lambda: get_task("regression").fitted(lambda: np.ones((4, 1)), config)) == "MF-DATA-07"
     balanced = build_config({"main": "tiny:vision", "comp": "tiny:text", "train": {"class_weights": "balanced"}})
-    assert code_of(lambda: get_task("regression").fitted(lambda: torch.randn(4, 1), balanced)) == "MF-CFG-400"
+    assert code_of(lambda: get_task("regression").fitted(lambda: np.arange(4.0)[:, None], balanced)) == "MF-CFG-400"
 
 
 def test_a_task_is_made_again_from_its_facts() -> None:
@@ -393,8 +403,8 @@ def test_a_study_of_numbers_compares_by_any_metric_and_a_search_by_a_score(price
 
 
 def test_swapping_an_encoder_keeps_the_task(run: Path, tmp_path: Path) -> None:
-    done = call("swap-encoder", run, "--comp", "tiny:text-b", "-o", tmp_path / "swapped", "--epochs", "1", "--json")
-    assert done.returncode == 0, done.stderr
+    done = call("swap-encoder", run, "--comp", "tiny:text-b", "-o", tmp_path / "swapped", "--epochs", "1")
+    assert done.returncode == 0 and "r2" in done.stdout, done.stderr
     old, new = (json.loads((path / "manifest.json").read_text())["task"] for path in (run, tmp_path / "swapped"))
     assert old == new and new["name"] == "regression"
 
@@ -405,3 +415,51 @@ def test_fit_chooses_a_regression(prices: Path, tmp_path: Path) -> None:
     assert "calibration_error" not in done.stdout and "ridge" in (tmp_path / "fit" / "leaderboard.md").read_text()
     predicted = call("predict", tmp_path / "fit", prices)
     assert predicted.returncode == 0 and "value" in json.loads(predicted.stdout.splitlines()[0])
+
+
+def test_a_large_offset_costs_no_digits(tmp_path: Path) -> None:
+    """Dates in seconds: a float32 has steps of 128 there."""
+    data = load_data(table(tmp_path, [1.6e9 + number * 1.25 for number in range(40)]))
+    task = get_task("regression").fitted(data.sparse_targets("train").numbers, build_config({"main": "a:b", "comp": "a:b"}))
+    assert isinstance(task, Regression)
+    fitted = Targets(data.splits["train"].labels, data.labels, task)
+    numbers = [1.6e9 + number * 1.25 for number in range(40)]
+    assert task.in_units(fitted.dense())[:, 0].tolist() == pytest.approx(numbers, abs=1e-4)
+    (line,) = task.prediction_lines([(torch.tensor([0]), torch.tensor([0.1]))], data.splits["train"].rows, data.labels)
+    assert json.loads(line)["value"] == pytest.approx(1.6e9 + 24.375 + 0.1 * task.deviation[0], abs=1e-4)
+
+
+def test_a_few_labels_that_are_not_numbers_can_be_skipped(tmp_path: Path) -> None:
+    config = table(tmp_path, [f"{number * 1.37:.2f}" for number in range(150)] + ["n/a"])
+    assert code_of(lambda: load_data(config)) == "MF-DATA-400"
+    data = load_data(config.model_copy(update={"on_bad": "skip"}))
+    assert len(data.splits["train"].rows) == 150 and data.task == "regression"
+    assert "the label is not a number" in str(data.splits["train"].skipped[0])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--min", "mae=3"), "less mae is better, so --min would refuse good models · --min · fix: write --max mae=3"),
+        (("--max", "r2=0.5"), "more r2 is better, so --max would refuse good models · --max · fix: write --min r2=0.5"),
+        (("--max", "mae=0.001"), "above 0.001 · --max · fix: train longer, or raise the threshold"),
+        (("--max", "mae=x"), "not a quality gate: 'mae=x' · --max · fix: write --max mae=2.5"),
+    ],
+    ids=["minimum of an error", "maximum of a score", "too large", "no number"],
+)
+def test_errors_have_maximum_gates(option: tuple[str, str], message: str, run: Path) -> None:
+    done = call("eval", run, *option, "--device", "cpu")
+    assert done.returncode in (3, 10) and message in done.stderr, done.stderr
+
+
+def test_ages_are_classes_with_a_hint_and_numbers_on_request(tmp_path: Path) -> None:
+    config = table(tmp_path, [str(18 + number % 40) for number in range(60)])
+    hint = describe_task(get_task("single-label"), tuple(str(age) for age in range(18, 58)), config)
+    assert hint.endswith("(they are numbers; to predict a number, add --task regression)")
+    with pytest.raises(MopefuseError) as error:
+        load_data(config)
+    assert "use --task regression" in error.value.fix
+    assert load_data(config.model_copy(update={"task": "regression"})).task == "regression"
+    dataset = mopefuse.PairDataset(tmp_path, task="regression")
+    assert dataset.task.mean == pytest.approx([np.mean([18 + number % 40 for number in range(60)])])
+    assert dataset[3]["label"] == 21

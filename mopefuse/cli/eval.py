@@ -13,6 +13,7 @@ from mopefuse.core.error_codes import ConfigCode
 
 if TYPE_CHECKING:
     from mopefuse.evaluation.missing_shares import Shares
+    from mopefuse.evaluation.quality_gates import Gates
 
 _SPLITS = ("train", "val", "test")
 
@@ -31,6 +32,10 @@ def evaluate(
     min_: Annotated[
         list[str] | None,
         typer.Option("--min", metavar="METRIC=VALUE", help="Exit with code 10 if a metric is below VALUE. Repeatable."),
+    ] = None,
+    max_: Annotated[
+        list[str] | None,
+        typer.Option("--max", metavar="METRIC=VALUE", help="Exit with code 10 if an error (mae, loss, ...) is above VALUE."),
     ] = None,
     missing: Annotated[
         list[str] | None,
@@ -59,7 +64,7 @@ def evaluate(
     from mopefuse.evaluation.missing_shares import parse_shares
     from mopefuse.evaluation.quality_gates import parse_gates
 
-    gates = parse_gates(min_ or ())
+    gates = parse_gates(min_ or (), max_ or ())
     shares = parse_shares(missing) if missing else []
     layout = data_section(settings)
     _check(run, split, data, settings, out, single=shares is not None, gated=bool(gates))
@@ -107,7 +112,7 @@ def _check(
         check_file(out)
 
 
-def _evaluate(run: Path, options: dict[str, Any], gates: dict[str, float], out: Path | None, *, json: bool) -> None:
+def _evaluate(run: Path, options: dict[str, Any], gates: Gates, out: Path | None, *, json: bool) -> None:
     from mopefuse.cli._render import err
     from mopefuse.core import distributed
     from mopefuse.evaluation.evaluate import evaluate as run_evaluation
@@ -142,7 +147,7 @@ def _predictions_file(run: Path, options: dict[str, Any]) -> Path | None:
     return folder / f"predictions-{split}-{checkpoint}.jsonl"
 
 
-def _print_gated(metrics: dict[str, float], gates: dict[str, float], facts: dict[str, Any]) -> None:
+def _print_gated(metrics: dict[str, float], gates: Gates, facts: dict[str, Any]) -> None:
     """Print one JSON object, and exit with code 10 if a metric is below its gate."""
     from mopefuse.cli._render import print_json
     from mopefuse.errors import GateError
@@ -157,7 +162,7 @@ def _print_gated(metrics: dict[str, float], gates: dict[str, float], facts: dict
 
 
 def _evaluate_missing(
-    run: Path, shares: list[Shares] | None, options: dict[str, Any], gates: dict[str, float], out: Path | None, *, json: bool
+    run: Path, shares: list[Shares] | None, options: dict[str, Any], gates: Gates, out: Path | None, *, json: bool
 ) -> None:
     from mopefuse.cli._missing_display import show
     from mopefuse.cli._render import err

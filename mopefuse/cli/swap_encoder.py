@@ -74,6 +74,8 @@ def swap_encoder(
 
 def _print(swap: Swap, folder: Path, *, tuned: bool) -> None:
     from mopefuse.cli._render import err, out, percent, table
+    from mopefuse.metrics.names import write_metric
+    from mopefuse.tasks.base import all_metrics
 
     groups: dict[tuple[str, str], list[int]] = {}
     for entry in swap.transferred:
@@ -86,9 +88,10 @@ def _print(swap: Swap, folder: Path, *, tuned: bool) -> None:
     rows = [[name, origin, str(count), f"{size:,}", f"{kept:,}"] for (name, origin), (count, size, kept) in groups.items()]
     table("trained tensors", ["group", "", "tensors", "values", "kept from the run"], rows)
     out().print(f"{percent(swap.share_kept)} of the trainable values of the new run are kept from the old one", markup=False)
-    name = next(key for key in ("accuracy", "f1_macro") if key in (swap.metrics["after"]["val"] or {}))
+    found = swap.metrics["after"]["val"] or {}
+    name = next((key for key in all_metrics() if key in found), "loss")
     shown = [
-        [_STAGES[stage], *(percent((splits.get(split) or {}).get(name)) for split in ("val", "test"))]
+        [_STAGES[stage], *(write_metric(name, (splits.get(split) or {}).get(name)) for split in ("val", "test"))]
         for stage, splits in swap.metrics.items()
     ]
     table(name, ["", "val", "test"], shown)

@@ -158,7 +158,7 @@ class _Guesser:
         named = [column for column in found if column.lower() in COMMON_LABELS]
         in_words = [column for column in found if column in lists or not all(map(_is_number, self.cells[column]))]
         if not found:
-            self._refuse("no column has few enough distinct values to be the label", "")
+            self._refuse("no column has few enough distinct values to be a class, and numbers are not guessed", "")
         column = self._only(named or in_words or found, "", COMMON_LABELS)
         if column in lists:
             self.take("label_col", column, "label", "its cells are lists")

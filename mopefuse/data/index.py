@@ -93,6 +93,7 @@ class Index:
         row_problems: problems of rows that are not valid.
         left_out: number of rows that are skipped because modalities are missing, by the names of these.
         fresh: whether a part of the index was not in the cache.
+        left_out_S: rows that are left out because their label is not of the task.
     """
 
     split: str
@@ -109,6 +110,7 @@ class Index:
     row_problems: list[Problem]
     left_out: dict[str, int]
     fresh: bool = False
+    left_out_S: Array | None = None
 
     @property
     def files(self) -> dict[str, FileValues]:
@@ -131,7 +133,7 @@ class Index:
 
     def good(self) -> Array:
         """The numbers of the valid rows whose files can be read."""
-        bad_S = np.zeros(len(self.lines_S), dtype=bool)
+        bad_S = np.zeros(len(self.lines_S), dtype=bool) if self.left_out_S is None else self.left_out_S.copy()
         for values in self.files.values():
             bad_S |= values.bad()
         return np.flatnonzero(~bad_S)

@@ -21,6 +21,7 @@ from mopefuse.data.index import Index
 from mopefuse.data.label_cells import normalise, parse_list
 from mopefuse.data.labels_task import look_like_quantities
 from mopefuse.errors import DataError
+from mopefuse.tasks.regression import parse_number
 
 _FEW = 10  # number of classes that is always accepted
 _MAX_NOTICES = 8
@@ -175,7 +176,9 @@ def _many(counts: Mapping[str, int], rows: int, causes: Iterable[SuspiciousLabel
     first = _most_frequent(counts, counts)
     times = f", used {total:,} times in all" if total > rows else ""
     what = f"{len(counts):,} distinct labels in {rows:,} training rows{times}, such as {_quote(first)}: more than a third"
-    fix = next((cause.fix for cause in causes), _COLUMN)
+    numbers = sum(parse_number(label) is not None for label in counts)
+    usual = f"to predict numbers, use --task regression, or {_COLUMN}" if 2 * numbers > len(counts) else _COLUMN
+    fix = next((cause.fix for cause in causes), usual)
     yield SuspiciousLabels(kind="many-labels", message=what, fix=f"{fix}; {_INTENDED}", label=first, rows=rows)
 
 

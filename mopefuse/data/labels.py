@@ -140,6 +140,10 @@ class Targets:
 
         return self[torch.arange(len(self))]
 
+    def numbers(self) -> NDArray[Any]:
+        """What `Task.encode` returned for each row (S, T); only if all rows have T labels."""
+        return self.label_Z.reshape(len(self), -1)
+
     def columns(self, first: int, stop: int) -> Tensor:
         """The targets of the labels from `first` up to but not including `stop`: zeros and ones (S, n). Multi-label only."""
         import torch

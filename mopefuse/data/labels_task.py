@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.error_codes import DataCode
+from mopefuse.data.base import Problem
 from mopefuse.data.findings import Finding, finding_at
 from mopefuse.data.index import Index
 from mopefuse.data.label_cells import LIST
@@ -21,6 +23,7 @@ from mopefuse.tasks.regression import parse_number
 _CODES, _AMOUNTS = 20, 10  # numbers of distinct integers, and of other numbers, that can be classes
 _LEADING_ZERO = re.compile(r"0\d+")  # found in codes, not in quantities
 _YEARS = 1500, 2100
+_NEARLY_ALL = 0.95  # share of distinct labels that are numbers if the others are mistakes
 
 
 def infer_task(indexes: Mapping[str, Index], config: DataConfig, *, classes_are_listed: bool = False) -> Task:
@@ -84,7 +87,7 @@ def look_like_quantities(labels: Collection[str], rows: int) -> bool:
         rows: number of rows that have these labels; few rows can have few quantities.
     """
     numbers = [value for label in labels if (value := parse_number(label)) is not None]
-    if len(numbers) < len(labels) or len(numbers) < 3 or any(map(_LEADING_ZERO.fullmatch, labels)):
+    if len(numbers) < _NEARLY_ALL * len(labels) or len(numbers) < 3 or any(map(_LEADING_ZERO.fullmatch, labels)):
         return False
     lowest, highest = min(numbers), max(numbers)
     if all(value.is_integer() for value in numbers):
@@ -103,19 +106,46 @@ def require_numbers(parts: Mapping[str, tuple[Index, Numbers]]) -> int:
     count = 0
     for index, rows in parts.values():
         labels = index.labels.take(rows)
-        wrong = [name for name in labels.counts() if parse_number(name) is None]
+        wrong = {name: count for name, count in labels.counts().items() if parse_number(name) is None}
         if wrong:
-            row = int(rows[labels.first_rows()[wrong[0]]])
-            what, fix = f"the label {wrong[0]!r:.60} is not a number", "correct or remove the row, or use --task single-label"
+            name, total = next(iter(wrong)), sum(wrong.values())
+            row = int(rows[labels.first_rows()[name]])
+            others = f", nor are those of {total - 1} other rows" if total > 1 else ""
+            what = f"the label {name!r:.60} is not a number{others}"
+            mistakes = total <= len(rows) / 10
+            fix = "correct or remove the rows, or add --on-bad skip" if mistakes else "use --task single-label"
             raise DataError(DataCode.NOT_A_NUMBER, what, where=index.place(row), fix=fix)
         lengths = np.diff(labels.start_S1)
         count = count or (int(lengths[0]) if len(lengths) else 0)
         odd = np.flatnonzero(lengths != max(count, 1))
         if len(odd):
-            what = f"the row has {int(lengths[odd[0]])} numbers as label, and others have {max(count, 1)}"
+            what = f"the label is a list of length {int(lengths[odd[0]])}, and that of other rows of length {max(count, 1)}"
             place = index.place(int(rows[odd[0]]))
             raise DataError(DataCode.NOT_A_NUMBER, what, where=place, fix="give every row the same number of numbers")
     return max(count, 1)
+
+
+def without_bad_numbers(indexes: dict[str, Index], config: DataConfig) -> tuple[dict[str, Index], dict[str, list[Problem]]]:
+    """Leave out the rows whose label is not a number, if `data.on_bad` is skip and they are few.
+
+    Returns:
+        The indexes, and the problems of the rows that are left out.
+    """
+    if config.on_bad != "skip":
+        return indexes, {}
+    found, problems = {}, {}
+    for name, index in indexes.items():
+        odd_U = np.array([parse_number(label) is None for label in index.labels.names], dtype=bool)
+        odd_S = np.zeros(len(index.lines_S), dtype=bool)
+        rows = np.repeat(np.arange(len(odd_S)), np.diff(index.labels.start_S1))
+        odd_S[rows[odd_U[index.labels.code_Z]]] = True
+        few = 0 < odd_S.sum() <= config.max_bad_fraction * len(odd_S)
+        found[name] = replace(index, left_out_S=odd_S) if few else index
+        if few:
+            code, what = DataCode.NOT_A_NUMBER.text, "the label is not a number"
+            places = (f"{index.place(row)}, id {index.ids[row]}" for row in np.flatnonzero(odd_S).tolist())
+            problems[name] = [Problem(code=code, where=place, what=what) for place in places]
+    return found, problems
 
 
 def odd_numbers(indexes: Mapping[str, Index]) -> Iterator[Finding]:
@@ -153,6 +183,6 @@ def describe_task(task: Task, labels: tuple[str, ...], config: DataConfig) -> st
         return text
     if task == "regression":
         return f"{text} (inferred from the labels; for classes, add --task single-label)"
-    if task == "single-label" and len(labels) > _AMOUNTS and all(parse_number(label) is not None for label in labels):
+    if task == "single-label" and len(labels) > 2 and all(parse_number(label) is not None for label in labels):
         return f"{text} (they are numbers; to predict a number, add --task regression)"
     return text

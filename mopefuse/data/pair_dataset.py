@@ -14,17 +14,19 @@ from mopefuse.core.argument_names import python_names
 from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, DataError
+from mopefuse.tasks.regression import Regression
 
 
 class PairDataset(Dataset[dict[str, Any]]):
     """One split of a data set, validated: a map-style dataset of raw rows.
 
     A row is ``{"id": str, "image": PIL.Image in RGB, "text": str, "label": int}``, with a key for each modality of the data;
-    None for a modality that the row lacks. For multi-label data "label" is a list of indices. ``model.collate`` makes a
-    batch of rows, also in data workers: ``DataLoader(dataset, batch_size=32, collate_fn=model.collate)``.
+    None for a modality that the row lacks. For multi-label data "label" is a list of indices, for regression a number or a
+    list of numbers. ``model.collate`` makes a batch of rows, also in data workers:
+    ``DataLoader(dataset, batch_size=32, collate_fn=model.collate)``.
 
     Attributes:
-        labels: their names; a row's label is an index into it. task: "single-label" or "multi-label", as rows are labelled.
+        labels: their names; a row's label is an index into it. task: what a label is, for `build_fusion`.
         modalities: the modalities of the data, such as ("text", "image").
     """
 
@@ -41,6 +43,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         id_col: str | None = None,
         split_col: str | None = None,
         label_sep: str | None = None,
+        task: str | None = None,
         image_roots: Sequence[str | Path] = (),
         val_fraction: float | None = None,
         test_fraction: float | None = None,
@@ -58,6 +61,7 @@ class PairDataset(Dataset[dict[str, Any]]):
             columns: columns of other modalities, by modality. label_col, id_col: default "label" and "id".
             split_col: the column that names the split of each row, if all splits are in one table.
             label_sep: the separator of labels in a cell, or "list" for cells as ``[a, b]``; makes the data multi-label.
+            task: what a label is: "single-label", "multi-label" or "regression"; default: inferred from the labels.
             image_roots: other folders that files may be in.
             val_fraction, test_fraction: share of the training rows, from 0 to 1, held out as that split, drawn with `seed`.
             on_missing: for rows that lack a modality: raise an error, leave them out, or use None.
@@ -68,7 +72,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         """
         settings: dict[str, Any] = {
             "path": str(path), "text_col": text_col, "img_col": img_col, "columns": columns and dict(columns),
-            "label_col": label_col, "id_col": id_col, "split_col": split_col, "label_sep": label_sep,
+            "label_col": label_col, "id_col": id_col, "split_col": split_col, "label_sep": label_sep, "task": task,
             "image_roots": [*map(str, image_roots)], "val_fraction": val_fraction, "test_fraction": test_fraction,
             "seed": seed, "on_missing": on_missing, "on_bad": on_bad,
         }  # fmt: skip
@@ -78,6 +82,12 @@ class PairDataset(Dataset[dict[str, Any]]):
         self.split = self.data.splits[split]
         self.labels = _labels(labels, self.data.labels)
         self.task = self.data.task
+        if isinstance(self.task, Regression) and "train" in self.data.splits:
+            self.task = self.task.with_statistics(self.data.sparse_targets("train").numbers())
+        self._number = self._encode_labels()
+
+    def _encode_labels(self) -> dict[str, Any]:
+        """Map each label of the rows to the number that stands for it."""
         names = [*self.split.labels.counts()]
         unknown = self.task.unknown_labels(names, self.labels)
         if unknown:
@@ -85,7 +95,7 @@ class PairDataset(Dataset[dict[str, Any]]):
             raise DataError(
                 DataCode.LABEL_NOT_IN_LABELS, what, where=self.split.file, fix="add them to labels, or remove the rows"
             )
-        self._number = dict(zip(names, self.task.encode(names, self.labels).tolist(), strict=True))
+        return dict(zip(names, self.task.encode(names, self.labels).tolist(), strict=True))
 
     @property
     def modalities(self) -> tuple[str, ...]:

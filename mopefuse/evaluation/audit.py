@@ -129,6 +129,8 @@ class Audit:
 
     def _noise(self, shuffled: Condition) -> str:
         """How small a loss the audit could have detected, in words."""
+        if shuffled.low == shuffled.high and not self.task.is_classification:
+            return "no prediction changes"
         if shuffled.low == shuffled.high:
             # The rule of three: Hanley and Lippman-Hand, "If nothing goes wrong, is everything all right?", JAMA 1983.
             unseen = min(100.0, 300 / self.samples)

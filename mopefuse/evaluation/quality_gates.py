@@ -1,58 +1,70 @@
-"""Quality gates: minimum values of metrics, for scripts and continuous integration."""
+"""Quality gates: limits of metrics, for scripts and continuous integration."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from mopefuse.core.error_codes import ConfigCode, GateCode
 from mopefuse.errors import ConfigError, GateError, did_you_mean
+from mopefuse.metrics.names import LOWER_IS_BETTER
 from mopefuse.tasks.base import all_metrics
 
 
-def parse_gates(texts: Sequence[str]) -> dict[str, float]:
-    """Parse ``metric=value`` arguments to minimum values by metric.
+class Gates(NamedTuple):
+    """Minimum values by metric, and maximum values of those of which less is better."""
+
+    least: Mapping[str, float]
+    most: Mapping[str, float]
+
+    def __bool__(self) -> bool:
+        return bool(self.least or self.most)
+
+
+def parse_gates(least: Sequence[str], most: Sequence[str] = ()) -> Gates:
+    """Parse ``metric=value`` arguments of --min and --max.
 
     Raises:
-        ConfigError: not of this form, or an unknown metric.
+        ConfigError: not of this form, an unknown metric, or the other flag is meant.
     """
-    gates, known = {}, all_metrics(more=True)
+    return Gates(_parse(least, "--min"), _parse(most, "--max"))
+
+
+def _parse(texts: Sequence[str], flag: str) -> dict[str, float]:
+    gates, known = {}, (*all_metrics(more=True), "loss")
     for text in texts:
         name, _, value = text.partition("=")
         if name not in known:
-            raise ConfigError(
-                ConfigCode.UNKNOWN_METRIC, f"unknown metric {name!r}", where="--min", fix=did_you_mean(name, known)
-            )
+            raise ConfigError(ConfigCode.UNKNOWN_METRIC, f"unknown metric {name!r}", where=flag, fix=did_you_mean(name, known))
+        wanted = "--max" if name in LOWER_IS_BETTER else "--min"
+        if wanted != flag:
+            better = "less" if wanted == "--max" else "more"
+            what = f"{better} {name} is better, so {flag} would refuse good models"
+            raise ConfigError(ConfigCode.BAD_GATE, what, where=flag, fix=f"write {wanted} {text}")
         try:
             gates[name] = float(value)
         except ValueError:
             gates[name] = math.nan
         if not math.isfinite(gates[name]):
-            raise ConfigError(
-                ConfigCode.BAD_GATE, f"not a quality gate: {text!r}", where="--min", fix="write --min accuracy=0.8"
-            )
+            example = "--min accuracy=0.8" if flag == "--min" else "--max mae=2.5"
+            raise ConfigError(ConfigCode.BAD_GATE, f"not a quality gate: {text!r}", where=flag, fix=f"write {example}")
     return gates
 
 
-def check_gates(found: Mapping[str, float], gates: Mapping[str, float]) -> None:
-    """Check that every metric is at or above its gate; NaN is below any gate.
+def check_gates(found: Mapping[str, float], gates: Gates) -> None:
+    """Check that every metric is within its gate; NaN never is.
 
     Raises:
         ConfigError: a metric that is not computed for these data.
-        GateError: a metric below its gate.
+        GateError: a metric outside its gate.
     """
-    for name, least in gates.items():
-        if name not in found:
-            raise ConfigError(
-                ConfigCode.UNKNOWN_METRIC,
-                f"metric {name!r} is not defined for these data",
-                where="--min",
-                fix=did_you_mean(name, found),
-            )
-        if not found[name] >= least:
-            raise GateError(
-                GateCode.METRIC_TOO_LOW,
-                f"{name} is {found[name]:.4f}, below {least:g}",
-                where="--min",
-                fix="train longer, or lower the threshold",
-            )
+    for flag, limits, word in (("--min", gates.least, "below"), ("--max", gates.most, "above")):
+        for name, limit in limits.items():
+            if name not in found:
+                what = f"metric {name!r} is not defined for these data"
+                raise ConfigError(ConfigCode.UNKNOWN_METRIC, what, where=flag, fix=did_you_mean(name, found))
+            if not (found[name] >= limit if flag == "--min" else found[name] <= limit):
+                what = f"{name} is {found[name]:.4f}, {word} {limit:g}"
+                fix = f"train longer, or {'lower' if flag == '--min' else 'raise'} the threshold"
+                raise GateError(GateCode.METRIC_TOO_LOW, what, where=flag, fix=fix)

@@ -1,7 +1,7 @@
 """Ridge regression on standardised features, in closed form.
 
 The objective is scikit-learn's with ``alpha = 1 / C``: half the squared error summed over samples, times C, plus half the
-squared weights; the bias is not regularised. Targets are in standard deviations (`Regression.standardise`).
+squared weights; the bias is not regularised. Targets are in standard deviations.
 
 Shapes: S samples, F features, T targets, Q quantiles, N = T Q outputs.
 """
@@ -31,12 +31,12 @@ class RidgeProblem:
     With fewer samples than features, the system of equations has a row for each sample, else one for each feature.
 
     Args:
-        targets: numbers (S, T) in their own units.
+        targets: standardised numbers (S, T).
     """
 
     def __init__(self, train: Design, targets: Targets, task: Regression) -> None:
         self._task = task
-        wanted_ST = task.standardise(targets[torch.arange(train.rows)].double())
+        wanted_ST = targets[torch.arange(train.rows)].double()
         self._mean_T, self._is_dual = wanted_ST.mean(dim=0), train.rows < train.width
         self._wanted_ST, sum_F = wanted_ST - self._mean_T, torch.zeros(train.width, dtype=torch.double)
         for _, block_BF in train.blocks():

@@ -28,23 +28,30 @@ class ValueTally(Tally):
     Args:
         targets: T.
         values: maps the outputs of a model (B, N) to the values (B, T) that they predict.
-        loss: maps outputs (B, N) and true values (B, T) to the loss of each sample (B,).
+        in_units: maps targets (B, T), as a model is trained on them, to true values.
+        loss: maps outputs (B, N) and targets (B, T) to the loss of each sample (B,).
         deviation_T: standard deviation of each target in training; a unit for the score of a sample.
     """
 
     def __init__(
-        self, samples: int, targets: int, values: Decode, loss: Callable[[Tensor, Tensor], Tensor], deviation_T: Tensor
+        self,
+        samples: int,
+        targets: int,
+        values: Decode,
+        in_units: Decode,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        deviation_T: Tensor,
     ) -> None:
         self.predicted_ST, self.actual_ST = (torch.zeros(samples, targets, dtype=torch.double) for _ in range(2))
         self.loss_S = torch.zeros(samples, dtype=torch.double)
-        self._values, self._loss, self._deviation_T = values, loss, deviation_T
+        self._values, self._in_units, self._loss, self._deviation_T = values, in_units, loss, deviation_T
 
     def add(
         self, index_B: Tensor, outputs_Bn: Tensor, targets: Tensor, thresholds: Thresholds = THRESHOLD, *, first: int = 0
     ) -> None:
-        """See `Tally.add`; `targets` are the true values (B, T)."""
-        self.predicted_ST[index_B] = self._values(outputs_Bn.double())
-        self.actual_ST[index_B] = targets.double()
+        """See `Tally.add`; `targets` are (B, T)."""
+        self.predicted_ST[index_B] = self._values(outputs_Bn)
+        self.actual_ST[index_B] = self._in_units(targets)
         self.loss_S[index_B] = self._loss(outputs_Bn, targets).double()
 
     def sums(self) -> tuple[Tensor, ...]:

@@ -34,7 +34,7 @@ def sections(facts: RunFacts) -> list[Section]:
 def values(facts: RunFacts) -> tuple[Tensor, Tensor]:
     """Predicted and true values (S, T)."""
     assert isinstance(facts.task, Regression)
-    return facts.task.values(facts.logits_SN.double()), facts.targets.double()
+    return facts.task.values(facts.logits_SN), facts.task.in_units(facts.targets)
 
 
 def scatter(facts: RunFacts) -> Section:

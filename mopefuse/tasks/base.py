@@ -84,11 +84,11 @@ class Task(ABC):
         """The task of a run, from `facts`."""
         return cls()
 
-    def fitted(self, targets: Callable[[], Tensor], config: RunConfig) -> Task:
-        """The task of a model that is to be trained, with the settings of its run and what it needs of its training targets.
+    def fitted(self, numbers: Callable[[], Array], config: RunConfig) -> Task:
+        """The task of a model that is to be trained, with the settings of its run and what it needs of its training labels.
 
         Args:
-            targets: returns those of the training split.
+            numbers: returns those of the training split, as `encode` does (S, T).
 
         Raises:
             ConfigError: a setting that has no meaning for the task. DataError: nothing can be learned from the targets.

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from math import isfinite
+from math import floor, isfinite, log10
+from numbers import Real
 from typing import TYPE_CHECKING, Any
+from unicodedata import category
 
 import numpy as np
 
@@ -29,24 +31,34 @@ if TYPE_CHECKING:
     from mopefuse.metrics.bootstrap import Outcome
     from mopefuse.metrics.values import ValueTally
 
-_NUMBER = re.compile(r"[$€£¥]?\s*[-+]?(?:\d+|\d{1,3}(?:[, ]\d{3})+)(?:[.,]\d+)?(?:[eE][-+]?\d+)?\s*[%$€£¥]?")
-_LARGEST = 1e300
+_NUMBER = re.compile(r"(?:\d+|\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+)?(?:\.\d*)?(?:[eE][-+]?\d+)?")
+_ZERO_GROUP = re.compile(r"0+[, ]")  # 0,125 is a decimal comma
+_SIGN = re.compile(r"[-+]")
+_LARGEST = 1e30  # squares and their sums must be finite
 _LOSSES = ("mse", "mae", "huber", "quantile")
-_DIGITS = 7  # significant digits of written values; models compute in float32
+_DIGITS = 7  # digits of written values, from the first of the standard deviation; models compute in float32
 
 
 def parse_number(label: str) -> float | None:
-    """Parse a number as people write it, such as ``12.5``, ``1,299`` or ``€ 3``; None if it is not one."""
-    text = label.strip()
-    if not _NUMBER.fullmatch(text):
+    """Parse a number as it is written in English, such as ``12.5``, ``1,299``, ``-$5`` or ``€ 3``; None if it is not one.
+
+    A comma or a space separates thousands. A decimal comma is not read, as 1,299 would be ambiguous.
+    """
+    text = "".join(" " if character.isspace() else character for character in label.strip().replace("\N{MINUS SIGN}", "-"))
+    signs = "".join(_SIGN.findall(text[:2]))
+    body = "".join(character for character in text if category(character) != "Sc").strip().removeprefix(signs).strip("% ")
+    if len(signs) > 1 or not any(map(str.isdecimal, body)) or not body.isascii():
         return None
-    digits = re.sub(r"[^\d.,eE+-]|[, ](?=\d{3}(?!\d))", "", text)
-    value = float(digits.replace(",", "."))
+    if not _NUMBER.fullmatch(body) or _ZERO_GROUP.match(body):
+        return None
+    value = float(signs + body.replace(",", "").replace(" ", ""))
     return value if abs(value) < _LARGEST else None
 
 
 class Regression(Task):
-    """One or several numbers; targets are numbers (B, T) in their own units, float32.
+    """One or several numbers; targets are numbers (B, T) in standard deviations from their mean in training, float32.
+
+    Statistics and conversions are computed in float64, so that a large offset, as of dates, costs no digits.
 
     Args:
         mean, deviation: mean and standard deviation of each target in training (T); empty before training.
@@ -86,19 +98,27 @@ class Regression(Task):
             raise ValueError("its loss, quantiles, mean and deviation do not fit each other")
         return cls(mean, deviation, loss=loss, delta=delta, quantiles=quantiles)
 
-    def fitted(self, targets: Callable[[], Tensor], config: RunConfig) -> Regression:
+    def fitted(self, numbers: Callable[[], Array], config: RunConfig) -> Regression:
         """See `Task.fitted`."""
         if config.train.class_weights == "balanced":
             what = "labels are numbers, so there are no classes to balance"
             raise ConfigError(ConfigCode.SETTING_OF_OTHER_TASK, what, where="--class-weights", fix="remove --class-weights")
-        values_ST = targets().double()
-        deviation_T = values_ST.std(dim=0, correction=0)
+        how = config.regression
+        task = Regression(loss=how.loss, delta=how.delta, quantiles=how.quantiles)
+        return task.with_statistics(numbers())
+
+    def with_statistics(self, numbers_ST: Array) -> Regression:
+        """The same task with the mean and the standard deviation of some numbers (S, T).
+
+        Raises:
+            DataError: all numbers of a target are equal.
+        """
+        deviation_T = numbers_ST.std(axis=0)
         if not (deviation_T > 0).all():
             what = "all training rows have the same number as label, so there is nothing to learn"
             raise DataError(DataCode.ONE_CLASS, what, where="train", fix="specify the label column with --label-col")
-        how = config.regression
-        mean, deviation = values_ST.mean(dim=0).tolist(), deviation_T.tolist()
-        return Regression(mean, deviation, loss=how.loss, delta=how.delta, quantiles=how.quantiles)
+        how: dict[str, Any] = {"loss": self.loss_name, "delta": self.delta, "quantiles": self.quantiles}
+        return Regression(numbers_ST.mean(axis=0).tolist(), deviation_T.tolist(), **how)
 
     def describe(self, labels: Sequence[str]) -> str:
         """See `Task.describe`."""
@@ -122,10 +142,8 @@ class Regression(Task):
         return [name for name in names if parse_number(name) is None]
 
     def targets(self, start_B1: Array, number_Z: Array, count: int) -> Tensor:
-        """The numbers (B, T) in their own units, float32."""
-        import torch
-
-        return torch.from_numpy(number_Z.astype(np.float32)).reshape(len(start_B1) - 1, -1)
+        """The standardised numbers (B, T), float32."""
+        return self._standardised(number_Z.reshape(len(start_B1) - 1, -1))
 
     def as_written(self, labels: Sequence[Any]) -> Any:
         """The only number, or a list of several; labels from a table are parsed."""
@@ -135,7 +153,7 @@ class Regression(Task):
     def check_label(self, label: Any, count: int, where: str) -> None:
         """See `Task.check_label`."""
         values = list(label) if isinstance(label, Sequence) and not isinstance(label, str) else [label]
-        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) for value in values)
+        numbers = all(isinstance(value, Real) and not isinstance(value, bool) and isfinite(value) for value in values)
         wanted = count // len(self.quantiles) or len(values)
         if not numbers or len(values) != wanted:
             expected = "a number" if wanted == 1 else f"a list of {wanted} numbers"
@@ -143,10 +161,14 @@ class Regression(Task):
             raise DataError(DataCode.INVALID_LABEL_VALUE, what, where=where, fix=fix)
 
     def stack_labels(self, labels: Sequence[Any], count: int) -> Tensor:
-        """The numbers (B, T), float32."""
+        """The standardised numbers (B, T), float32."""
+        return self._standardised(np.array(labels, dtype=np.float64).reshape(len(labels), -1))
+
+    def _standardised(self, numbers_BT: Array) -> Tensor:
         import torch
 
-        return torch.tensor(labels, dtype=torch.float32).reshape(len(labels), -1)
+        mean_T, deviation_T = (np.array(each) for each in (self.mean or 0.0, self.deviation or 1.0))
+        return torch.from_numpy(((numbers_BT - mean_T) / deviation_T).astype(np.float32))
 
     # -- training
 
@@ -156,8 +178,7 @@ class Regression(Task):
         from torch.nn import functional as F
 
         outputs_BTQ = outputs_BN.float().unflatten(-1, (-1, len(self.quantiles)))
-        mean_T, deviation_T = self._statistics(targets)
-        wanted_BTQ = ((targets - mean_T) / deviation_T).float().unsqueeze(-1).expand_as(outputs_BTQ)
+        wanted_BTQ = targets.float().unsqueeze(-1).expand_as(outputs_BTQ)
         if self.loss_name == "quantile":
             error_BTQ = wanted_BTQ - outputs_BTQ
             level_Q = torch.tensor(self.quantiles, device=error_BTQ.device)
@@ -169,11 +190,6 @@ class Regression(Task):
         else:
             loss_BTQ = (outputs_BTQ - wanted_BTQ).square()
         return loss_BTQ.flatten(1).mean(dim=-1)
-
-    def standardise(self, targets_ST: Tensor) -> Tensor:
-        """The targets (S, T) in standard deviations from their mean in training."""
-        mean_T, deviation_T = self._statistics(targets_ST)
-        return (targets_ST - mean_T) / deviation_T
 
     def average(self, each: Sequence[Tensor]) -> Tensor:
         """The mean of outputs."""
@@ -191,21 +207,26 @@ class Regression(Task):
 
         targets = outputs // len(self.quantiles)
         deviation_T = torch.tensor(self.deviation or [1.0] * targets, dtype=torch.double)
-        return ValueTally(samples, targets, self.values, self.loss, deviation_T)
+        return ValueTally(samples, targets, self.values, self.in_units, self.loss, deviation_T)
 
     def values(self, outputs_SN: Tensor) -> Tensor:
         """The numbers (S, T) that outputs predict, in their own units: of several quantiles the median.
 
         Quantiles that cross are sorted first (Chernozhukov, Fernández-Val and Galichon, Econometrica 78, 2010).
         """
-        mean_T, deviation_T = self._statistics(outputs_SN)
-        return self._middle(outputs_SN) * deviation_T + mean_T
+        return self.in_units(self._middle(outputs_SN))
+
+    def in_units(self, standardised_ST: Tensor) -> Tensor:
+        """Standardised numbers (S, T) in their own units, float64."""
+        known = ((0.0,), (1.0,)) if not self.mean else (self.mean, self.deviation)
+        mean_T, deviation_T = (standardised_ST.double().new_tensor(each) for each in known)
+        return standardised_ST.double() * deviation_T + mean_T
 
     def outcome(self, outputs_SN: Tensor, targets: Tensor, thresholds: Thresholds = THRESHOLD) -> Outcome:
         """See `Task.outcome`."""
         from mopefuse.metrics.values import ValueOutcome
 
-        return ValueOutcome(self.values(outputs_SN.double()).numpy(), targets.double().numpy())
+        return ValueOutcome(self.values(outputs_SN).numpy(), self.in_units(targets).numpy())
 
     def changed(self, before_SN: Tensor, after_SN: Tensor, thresholds: Thresholds = THRESHOLD) -> Tensor:
         """Whether (S,) a number changes by more than a tenth of the standard deviation in training."""
@@ -229,7 +250,11 @@ class Regression(Task):
     ) -> dict[str, Any]:
         """``{"value": number}``, with several targets ``{"value": {name: number}}``; with quantiles also ``"quantiles"``."""
         count = len(self.quantiles)
-        each = [sorted(map(_rounded, decoded_N[first : first + count])) for first in range(0, len(decoded_N), count)]
+        scales = self.deviation or [1.0] * len(labels)
+        each = [
+            sorted(_rounded(value, scale) for value in decoded_N[count * number : count * (number + 1)])
+            for number, scale in enumerate(scales)
+        ]
         values = [quantiles[self.quantiles.index(0.5)] for quantiles in each]
         found: dict[str, Any] = {"value": _by_target(labels, values)}
         if count > 1:
@@ -287,15 +312,10 @@ class Regression(Task):
         sorted_STQ: Tensor = outputs_SN.unflatten(-1, (-1, len(self.quantiles))).sort(dim=-1)[0]
         return sorted_STQ[..., self.quantiles.index(0.5)]
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each target (T,) on the device of a tensor; 0 and 1 before training."""
-        known = ((0.0,), (1.0,)) if not self.mean else (self.mean, self.deviation)
-        mean_T, deviation_T = (like.new_tensor(each) for each in known)
-        return mean_T, deviation_T
 
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")
+def _rounded(value: float, scale: float) -> float:
+    """Round a value to `_DIGITS` digits relative to a scale."""
+    return round(value, _DIGITS - 1 - floor(log10(scale)))
 
 
 def _by_target(labels: Sequence[str], values: Sequence[Any]) -> Any:
