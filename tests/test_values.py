@@ -243,7 +243,7 @@ def test_lists_of_numbers_are_several_targets_in_order_with_repetitions(tmp_path
         (["1.5", "n/a", "2.5"], {"task": "regression"}, "MF-DATA-400", "the label 'n/a' is not a number"),
         ([[1.5, 2.5], [1.25]], {"task": "regression"}, "MF-DATA-400", "a list of length 1, and that of other rows of length 2"),
         ([["a"], ["b"]], {"task": "single-label"}, "MF-DATA-05", "labels are lists"),
-        (["a", "b"], {"task": "regresion"}, "MF-CFG-338", "task must be one of"),
+        (["a", "b"], {"task": "regress"}, "MF-CFG-338", "task must be one of"),
     ],
     ids=["mixed", "text", "lengths", "lists", "typo"],
 )
