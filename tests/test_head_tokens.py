@@ -64,8 +64,9 @@ def test_it_is_the_default_for_an_encoder_with_tokens() -> None:
         mopefuse.build_fusion("tiny:vision", "tiny:text", 3, method="flamingo", head_features="tokens")
 
 
-def test_a_cache_too_small_for_tokens_is_noticed(data: Path, tmp_path: Path) -> None:
+def test_a_cache_too_small_for_tokens_is_noticed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cross-attention is then not among the models of the warm start."""
+    monkeypatch.setenv("MOPEFUSE_CACHE", str(tmp_path / "cache"))  # that of other tests may have the tokens already
     small = ("--set", "data.cache_prefix_limit=1e-6", "--epochs", "1", "--cache-prefix", "off")
     done = call("train", *SPECS, *map(str, ("--data", data, "--out", tmp_path / "run")), *small)
     assert done.returncode == 0, done.stderr

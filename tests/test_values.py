@@ -192,6 +192,12 @@ def test_numbers_are_parsed_as_people_write_them(text: str, value: float | None)
     assert parse_number(text) == value
 
 
+@given(st.text(alphabet="0123456789.,eE+-$€% \u2212\u202f٣x", max_size=12))
+def test_no_text_breaks_the_parser(text: str) -> None:
+    value = parse_number(text)
+    assert value is None or abs(value) < 1e30
+
+
 @pytest.mark.parametrize(
     ("labels", "rows", "quantities"),
     [
@@ -342,9 +348,13 @@ def test_quantiles_give_an_interval(prices: Path, tmp_path: Path) -> None:
     options = ("--set", "regression.loss=quantile", "--epochs", "1", "--experts", "2")
     done = call("train", *SPECS, *columns(prices), "--out", tmp_path / "run", *options)
     assert done.returncode == 0, done.stderr
+    inside = []
     for line in map(json.loads, (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()):
         low, middle, high = line["quantiles"].values()
         assert low <= middle <= high and middle == line["value"]
+        inside.append(low <= line["true"] <= high)
+    test = json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]["test"]
+    assert test["interval_coverage"] == pytest.approx(np.mean(inside))
 
 
 def test_data_check_summarises_numbers_and_lists_what_is_none(prices: Path, tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data import cross_row_checks
 from mopefuse.data.cross_row_checks import Indexes
-from mopefuse.data.findings import Finding
+from mopefuse.data.findings import Finding, finding_of
 from mopefuse.data.known_labels import are_listed
 from mopefuse.data.label_check import locate_suspicious_labels
-from mopefuse.data.labels_task import infer_task, odd_numbers, summarize_numbers
+from mopefuse.data.labels_task import infer_task, odd_numbers, require_numbers, summarize_numbers
 from mopefuse.errors import DataError
 from mopefuse.tasks.base import Task, get_task
 
@@ -26,11 +26,20 @@ def find_task(indexes: Indexes, root: Path, config: DataConfig) -> Task:
 def find_label_problems(indexes: Indexes, root: Path, config: DataConfig, task: Task) -> tuple[tuple[str, ...], list[Finding]]:
     """Find the labels of a classifier, none for a regression, and what is wrong with labels."""
     if not task.is_classification:
-        return (), list(odd_numbers(indexes))
+        return (), list(odd_numbers(indexes)) or _uneven(indexes)
     labels, found = cross_row_checks.find_labels(indexes, root, config)
     if "train" in indexes:
         found += locate_suspicious_labels(indexes["train"], root, config)
     return labels, [*found, *cross_row_checks.mixed_labels(indexes), *cross_row_checks.unknown_labels(indexes, labels)]
+
+
+def _uneven(indexes: Indexes) -> list[Finding]:
+    """Rows with more or fewer numbers than the first."""
+    try:
+        require_numbers({name: (index, index.good()) for name, index in indexes.items()})
+    except DataError as error:
+        return [finding_of(error, "label-not-a-number")]
+    return []
 
 
 def summarize_splits(indexes: Indexes) -> dict[str, dict[str, float]]:

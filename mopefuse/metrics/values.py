@@ -31,6 +31,7 @@ class ValueTally(Tally):
         in_units: maps targets (B, T), as a model is trained on them, to true values.
         loss: maps outputs (B, N) and targets (B, T) to the loss of each sample (B,).
         deviation_T: standard deviation of each target in training; a unit for the score of a sample.
+        interval: maps outputs (B, N) to the lower and the upper bound (B, T) of an interval, of a model that predicts one.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class ValueTally(Tally):
         in_units: Decode,
         loss: Callable[[Tensor, Tensor], Tensor],
         deviation_T: Tensor,
+        interval: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.predicted_ST, self.actual_ST = (torch.zeros(samples, targets, dtype=torch.double) for _ in range(2))
-        self.loss_S = torch.zeros(samples, dtype=torch.double)
+        self.loss_S, self.inside_S = (torch.zeros(samples, dtype=torch.double) for _ in range(2))
+        self._interval = interval
         self._values, self._in_units, self._loss, self._deviation_T = values, in_units, loss, deviation_T
 
     def add(
@@ -53,15 +56,24 @@ class ValueTally(Tally):
         self.predicted_ST[index_B] = self._values(outputs_Bn)
         self.actual_ST[index_B] = self._in_units(targets)
         self.loss_S[index_B] = self._loss(outputs_Bn, targets).double()
+        if self._interval is not None:
+            low_BT, high_BT = self._interval(outputs_Bn)
+            actual_BT = self.actual_ST[index_B]
+            self.inside_S[index_B] = ((low_BT <= actual_BT) & (actual_BT <= high_BT)).double().mean(dim=1)
 
     def sums(self) -> tuple[Tensor, ...]:
         """See `Tally.sums`."""
-        return self.predicted_ST, self.actual_ST, self.loss_S
+        return self.predicted_ST, self.actual_ST, self.loss_S, self.inside_S
 
     def metrics(self, *, ranking: bool = True) -> dict[str, float]:
-        """Compute R², mean absolute and root mean squared error, and Spearman's rank correlation, averaged over targets."""
+        """Compute R², mean absolute and root mean squared error, and Spearman's rank correlation, averaged over targets.
+
+        Also the share of true values within the interval, of a model that predicts one.
+        """
         rows = self.per_label([""] * self.predicted_ST.shape[1])
         found = {name: float(np.mean([row[name] for row in rows])) for name in _MEASURES}
+        if self._interval is not None:
+            found["interval_coverage"] = float(self.inside_S.mean())
         return found | {"loss": float(self.loss_S.mean())}
 
     def by_sample(self) -> Tensor:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mopefuse.metrics.bootstrap import Outcome
     from mopefuse.metrics.values import ValueTally
 
-_NUMBER = re.compile(r"(?:\d+|\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+)?(?:\.\d*)?(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(r"(?:(?:\d+|\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
 _ZERO_GROUP = re.compile(r"0+[, ]")  # 0,125 is a decimal comma
 _SIGN = re.compile(r"[-+]")
 _LARGEST = 1e30  # squares and their sums must be finite
@@ -207,7 +207,13 @@ class Regression(Task):
 
         targets = outputs // len(self.quantiles)
         deviation_T = torch.tensor(self.deviation or [1.0] * targets, dtype=torch.double)
-        return ValueTally(samples, targets, self.values, self.in_units, self.loss, deviation_T)
+        interval = self._interval if len(self.quantiles) > 1 else None
+        return ValueTally(samples, targets, self.values, self.in_units, self.loss, deviation_T, interval)
+
+    def _interval(self, outputs_SN: Tensor) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest quantile (S, T), in units of the targets."""
+        low_ST, high_ST = outputs_SN.unflatten(-1, (-1, len(self.quantiles))).aminmax(dim=-1)
+        return self.in_units(low_ST), self.in_units(high_ST)
 
     def values(self, outputs_SN: Tensor) -> Tensor:
         """The numbers (S, T) that outputs predict, in their own units: of several quantiles the median.

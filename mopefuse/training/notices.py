@@ -34,10 +34,11 @@ def _unread_modalities(data: DataSet, model: Fusion) -> Iterator[str]:
 
 def _poorly_tuned_thresholds(config: RunConfig, data: DataSet) -> Iterator[str]:
     """Thresholds tuned on few rows, or on few rows of a label, or for single-label data, which has none."""
-    if config.train.threshold != "tuned":
+    if not data.task.uses_thresholds and config.train.threshold != RunConfig(main="", comp="").train.threshold:
+        why = "each row has one label, and the likeliest is predicted" if data.task.is_classification else "labels are numbers"
+        yield f"--threshold {config.train.threshold} has no effect: {why}"
         return
-    if not data.task.uses_thresholds:
-        yield "--threshold tuned has no effect: each row has one label, and the likeliest is predicted"
+    if config.train.threshold != "tuned":
         return
     labels = data.splits["val"].labels
     counts = labels.counts()
@@ -49,6 +50,8 @@ def _poorly_tuned_thresholds(config: RunConfig, data: DataSet) -> Iterator[str]:
 
 
 def _settings_without_effect(config: RunConfig, model: Fusion) -> Iterator[str]:
+    if model.task.is_classification and config.regression != RunConfig(main="", comp="").regression:
+        yield f"the settings of regression have no effect: the task is {model.task}"
     for section in model.unused_sections():
         yield f"{config.method} does not use the settings of {section}"
 
