@@ -25,19 +25,7 @@ def value_of(content: Split, question: Question) -> float:
     Option("test", 2000, "Rows of the test split.", minimum=1),
 )
 def make(folder: Path, *, seed: int = 0, train: int = 16000, val: int = 1000, test: int = 2000) -> dict[str, int]:
-    """Write the data set: ``{train,val,test}.jsonl``, ``images/<split>/<number>.png`` and ``dataset.json``.
-
-    Args:
-        folder: must be new or empty, or already contain the same data set (then nothing is written).
-        seed: seed of compositions and phrasings; the same arguments give the same bytes.
-        train, val, test: rows of each split. Four rows share an image.
-
-    Returns:
-        The number of rows of each split.
-
-    Raises:
-        DataError: a count is not positive, or the folder contains something else.
-    """
+    """Write the data set; arguments, files and errors are those of `mopefuse.data.sets.digit_questions.make`."""
     counts = check_counts({"train": train, "val": val, "test": test}, seed)
     about = {"dataset": "digit-values", "version": 1, "seed": seed, "rows": counts, "source": SOURCE}
 
