@@ -170,7 +170,7 @@ MAY_NAME_THEM = {  # modalities are data: all other modules use `mopefuse.modali
         ("export.bundle_maker", "inference.bundle_manifest", "export.graph", "inference.bundle", "export.verify"),
         "the format of bundles, whose inputs are pixels and tokens",
     ),
-    **dict.fromkeys(("report.run_errors", "report.run_routing", "report.run_values"), "a key of a template"),
+    **dict.fromkeys(("report.run_errors", "report.run_routing", "report.run_data"), "a key of a template"),
     "report.themes": "a kind of mark in charts",
     "training.demo": "the two baselines of the demo",
 }

@@ -14,7 +14,7 @@ from mopefuse.core.formatting import several
 from mopefuse.data.base import SPLITS, Keys, Split
 from mopefuse.data.findings import Finding, finding_at, finding_of
 from mopefuse.data.index import Index
-from mopefuse.data.known_labels import describe_few, read_labels_file
+from mopefuse.data.known_labels import describe_few, labels_file, read_labels_file
 from mopefuse.data.labels import Labels
 from mopefuse.data.leaks import find_leaks
 from mopefuse.data.split_rows import Parts
@@ -33,9 +33,8 @@ def find_labels(indexes: Indexes, root: Path, config: DataConfig) -> tuple[tuple
     Returns:
         The labels, none if neither can be read, and the findings about them.
     """
-    listed = Path(config.labels) if config.labels else root / "labels.txt"
     train = indexes.get("train")
-    if config.labels or listed.exists():
+    if (listed := labels_file(root, config)) is not None:
         try:
             known = read_labels_file(listed, fold=config.fold_labels)
         except DataError as error:

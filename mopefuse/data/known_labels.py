@@ -29,8 +29,7 @@ def known_labels(
         DataError: a split has a label that does not occur in train, there are fewer than two labels, or the labels file
             cannot be read.
     """
-    listed = Path(config.labels) if config.labels else root / "labels.txt"
-    if config.labels or listed.exists():
+    if (listed := labels_file(root, config)) is not None:
         labels = read_labels_file(listed, fold=config.fold_labels)
     else:
         labels = tuple(sorted(splits["train"].labels.counts())) if "train" in splits else ()
@@ -45,9 +44,12 @@ def known_labels(
     return labels
 
 
-def are_listed(root: Path, config: DataConfig) -> bool:
-    """Whether a file lists the labels."""
-    return bool(config.labels) or (root / "labels.txt").exists()
+def labels_file(root: Path, config: DataConfig) -> Path | None:
+    """The file that lists the labels: that of `data.labels`, or else labels.txt in the data folder; None if there is none."""
+    if config.labels:
+        return Path(config.labels)
+    usual = root / "labels.txt"
+    return usual if usual.exists() else None
 
 
 def describe_few(labels: Sequence[str]) -> str:

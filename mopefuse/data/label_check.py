@@ -18,6 +18,7 @@ from mopefuse.core.error_codes import DataCode
 from mopefuse.core.formatting import several
 from mopefuse.data.findings import Finding, finding_at
 from mopefuse.data.index import Index
+from mopefuse.data.known_labels import labels_file
 from mopefuse.data.label_cells import normalise, parse_list
 from mopefuse.data.labels_task import look_like_quantities
 from mopefuse.errors import DataError
@@ -55,7 +56,7 @@ REFUSED = {"list-label": DataCode.LIST_LABELS.text, "many-labels": DataCode.TOO_
 
 def locate_suspicious_labels(index: Index, root: Path, config: DataConfig) -> list[Finding]:
     """Find doubtful labels of the training split; each finding is at the first row that has its example."""
-    if config.labels or (root / "labels.txt").exists():
+    if labels_file(root, config) is not None:
         return []
     counts = index.labels.counts()
     found = find_suspicious_labels(counts, len(index.labels))

@@ -8,7 +8,7 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data import cross_row_checks
 from mopefuse.data.cross_row_checks import Indexes
 from mopefuse.data.findings import Finding, finding_of
-from mopefuse.data.known_labels import are_listed
+from mopefuse.data.known_labels import labels_file
 from mopefuse.data.label_check import locate_suspicious_labels
 from mopefuse.data.labels_task import infer_task, odd_numbers, require_numbers, summarize_numbers
 from mopefuse.errors import DataError
@@ -18,7 +18,7 @@ from mopefuse.tasks.base import Task, get_task
 def find_task(indexes: Indexes, root: Path, config: DataConfig) -> Task:
     """Return the task, or any for labels that training refuses because some are lists and some strings."""
     try:
-        return infer_task(indexes, config, classes_are_listed=are_listed(root, config))
+        return infer_task(indexes, config, classes_are_listed=labels_file(root, config) is not None)
     except DataError:  # reported as mixed labels
         return get_task("multi-label")
 

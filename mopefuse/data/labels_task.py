@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.error_codes import DataCode
@@ -106,7 +107,7 @@ def require_numbers(parts: Mapping[str, tuple[Index, Numbers]]) -> int:
     count = 0
     for index, rows in parts.values():
         labels = index.labels.take(rows)
-        wrong = {name: count for name, count in labels.counts().items() if parse_number(name) is None}
+        wrong = {name: rows_of for name, rows_of in labels.counts().items() if parse_number(name) is None}
         if wrong:
             name, total = next(iter(wrong)), sum(wrong.values())
             row = int(rows[labels.first_rows()[name]])
@@ -135,7 +136,7 @@ def without_bad_numbers(indexes: dict[str, Index], config: DataConfig) -> tuple[
         return indexes, {}
     found, problems = {}, {}
     for name, index in indexes.items():
-        odd_U = np.array([parse_number(label) is None for label in index.labels.names], dtype=bool)
+        odd_U = np.isnan(_values(index.labels))
         odd_S = np.zeros(len(index.lines_S), dtype=bool)
         rows = np.repeat(np.arange(len(odd_S)), np.diff(index.labels.start_S1))
         odd_S[rows[odd_U[index.labels.code_Z]]] = True
@@ -161,14 +162,19 @@ def odd_numbers(indexes: Mapping[str, Index]) -> Iterator[Finding]:
 
 def summarize_numbers(labels: Labels) -> dict[str, float] | None:
     """Lowest and highest number among the labels, their quartiles and mean, each row counted; None if there are none."""
-    value_U = np.array([np.nan if (value := parse_number(name)) is None else value for name in labels.names])
-    value_Z = value_U[labels.code_Z]
+    value_Z = _values(labels)[labels.code_Z]
     value_Z = value_Z[~np.isnan(value_Z)]
     if not len(value_Z):
         return None
     names = ("lowest", "quarter", "median", "three_quarters", "highest")
     found = dict(zip(names, np.quantile(value_Z, (0, 0.25, 0.5, 0.75, 1)).tolist(), strict=True))
     return {**found, "mean": float(value_Z.mean())}
+
+
+def _values(labels: Labels) -> NDArray[np.float64]:
+    """The number that each distinct label is (U,), NaN for those that are none."""
+    parsed = map(parse_number, labels.names)
+    return np.array([np.nan if value is None else value for value in parsed], dtype=np.float64)
 
 
 def target_names(config: DataConfig, count: int) -> tuple[str, ...]:

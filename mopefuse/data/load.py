@@ -18,7 +18,7 @@ from mopefuse.data.columns import Layout, modalities_of
 from mopefuse.data.findings import lacking_message, left_out_message
 from mopefuse.data.index import Index
 from mopefuse.data.index_build import Advance, build
-from mopefuse.data.known_labels import are_listed, known_labels
+from mopefuse.data.known_labels import known_labels, labels_file
 from mopefuse.data.labels_task import infer_task, require_numbers, target_names, without_bad_numbers
 from mopefuse.data.leaks import find_leaks
 from mopefuse.data.repeated_rows import notice_contradictions
@@ -54,7 +54,7 @@ def load_data(
     indexes = read_indexes(config, require, advance=advance)
     training = "train" in require and "train" in indexes
     skipped = {name: skip_bad_rows(index, roots, config, training=training) for name, index in indexes.items()}
-    task = infer_task(indexes, config, classes_are_listed=are_listed(roots[0], config))
+    task = infer_task(indexes, config, classes_are_listed=labels_file(roots[0], config) is not None)
     if not task.is_classification:
         indexes, odd = without_bad_numbers(indexes, config)
         skipped = {name: (*skipped[name], *odd.get(name, ())) for name in skipped}

@@ -9,7 +9,6 @@ Shapes: S samples, F features, T targets, Q quantiles, N = T Q outputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,25 +17,17 @@ from mopefuse.fusion._design_matrix import Design
 from mopefuse.tasks.regression import Regression
 
 
-class Targets(Protocol):
-    """Targets indexed by row."""
-
-    def __getitem__(self, index_B: Tensor) -> Tensor:
-        """Return the targets (B, T) of some rows."""
-
-
 class RidgeProblem:
     """Regressions on one design, which share everything that does not depend on C.
 
     With fewer samples than features, the system of equations has a row for each sample, else one for each feature.
 
     Args:
-        targets: standardised numbers (S, T).
+        wanted_ST: standardised numbers.
     """
 
-    def __init__(self, train: Design, targets: Targets, task: Regression) -> None:
-        self._task = task
-        wanted_ST = targets[torch.arange(train.rows)].double()
+    def __init__(self, train: Design, wanted_ST: Tensor, task: Regression) -> None:
+        self._task, wanted_ST = task, wanted_ST.double()
         self._mean_T, self._is_dual = wanted_ST.mean(dim=0), train.rows < train.width
         self._wanted_ST, sum_F = wanted_ST - self._mean_T, torch.zeros(train.width, dtype=torch.double)
         for _, block_BF in train.blocks():

@@ -241,7 +241,7 @@ class Solvable(Protocol):
 def set_up(train: Design, targets: Targets, how: FitSettings) -> Solvable:
     """Set up the linear model of a task: a logistic regression, or ridge regression for numbers."""
     if isinstance(how.task, Regression):
-        return RidgeProblem(train, targets, how.task)
+        return RidgeProblem(train, targets[torch.arange(train.rows)], how.task)
     return (_binary_problem if how.task.uses_thresholds else _multinomial_problem)(train, targets, how)
 
 

@@ -17,11 +17,14 @@ from mopefuse.data.base import DataSet, Row
 from mopefuse.metrics import classification as measures
 from mopefuse.metrics.thresholds import Thresholds
 from mopefuse.report.baselines import Baseline
+from mopefuse.report.chart import shorten
 from mopefuse.report.data_pictures import Picture
-from mopefuse.report.row_values import picture_of
+from mopefuse.report.row_values import picture_of, text_of
 from mopefuse.report.settings import Derive
 from mopefuse.tasks.base import Task
 from mopefuse.tasks.classification import Classification
+
+_TEXT = 300  # characters of a text on a card
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,11 @@ class RunFacts:
         """The image of a row, or a description of its error."""
         where = self.data.splits[self.split].where(row)
         return picture_of(row, self.data.image_roots, max_pixels=self.config.data.max_pixels, place=where)
+
+    def card(self, number: int) -> dict[str, Any]:
+        """What every card of a sample shows: its id, its image and the beginning of its text."""
+        row = self.row(number)
+        return {"id": row.id, "picture": self.picture(row), "text": shorten(text_of(row), _TEXT)}
 
     def predicted(self, number: int) -> tuple[str, ...]:
         """The labels that the model predicts for a sample."""

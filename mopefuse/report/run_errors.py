@@ -23,7 +23,7 @@ _WIDE = 10  # maximum number of classes for half the width of the page
 _PAIRS = 20  # pairs of labels that are listed if there are more classes
 _BARS = 40
 _SCORES = 500  # labels in the table of scores
-_TEXT, _SHORT_TEXT = 300, 140  # characters of a text, on a card and in a table
+_SHORT_TEXT = 140  # characters of a text in a table
 _PROBABILITIES = 3
 _CHOICES = 200  # labels that can be chosen from to filter
 
@@ -167,9 +167,7 @@ def _cards(facts: RunFacts, numbers: Iterable[int]) -> list[dict[str, Any]]:
         predicted = facts.predicted(number)
         cards.append(
             {
-                "id": row.id,
-                "picture": facts.picture(row),
-                "text": shorten(text_of(row), _TEXT),
+                **facts.card(number),
                 "actual": row.labels,
                 "predicted": predicted,
                 "probabilities": [(facts.labels[label], float(p_N[label])) for label in best],

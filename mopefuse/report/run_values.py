@@ -13,9 +13,8 @@ from markupsafe import Markup
 from torch import Tensor
 
 from mopefuse.metrics.names import write_metric
-from mopefuse.report.chart import Chart, data_of, make_chart, plain, shorten
+from mopefuse.report.chart import Chart, data_of, make_chart, plain
 from mopefuse.report.pages import Section, fragment
-from mopefuse.report.row_values import text_of
 from mopefuse.report.run_data import RunFacts
 from mopefuse.tasks.regression import Regression
 
@@ -23,7 +22,6 @@ _POINTS = 2000  # in a chart
 _IN_TABLE = 200  # samples below it
 _CHARTS = 4  # targets with a chart
 _EXAMPLES, _WORST = 8, 8
-_TEXT = 300  # characters
 
 
 def sections(facts: RunFacts) -> list[Section]:
@@ -103,12 +101,9 @@ def _cards(facts: RunFacts, numbers: Sequence[int]) -> list[dict[str, Any]]:
     predicted_ST, actual_ST = values(facts)
     cards = []
     for number in numbers:
-        row = facts.row(number)
         cards.append(
             {
-                "id": row.id,
-                "picture": facts.picture(row),
-                "text": shorten(text_of(row), _TEXT),
+                **facts.card(number),
                 "actual": _shown(facts, actual_ST[number]),
                 "predicted": _shown(facts, predicted_ST[number]),
                 "probabilities": [],

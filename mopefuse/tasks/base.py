@@ -289,7 +289,7 @@ def task_from_facts(facts: Mapping[str, Any]) -> Task:
 
 
 def with_task(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the task to what earlier versions recorded of a model, which only told two tasks apart, as ``multi_label``."""
+    """Add the task to the facts of a model that an earlier version recorded, which have ``multi_label`` in its place."""
     several = facts.get("multi_label")
     known = {"task": {"name": "multi-label" if several else "single-label"}} if isinstance(several, bool) else {}
     return {**known, **facts}
