@@ -27,12 +27,14 @@ from mopefuse.errors import ConfigError, EncoderError, MopefuseError, Notice, Pl
 
 ENCODERS, FUSION, DATASETS = "mopefuse.encoders", "mopefuse.fusion", "mopefuse.datasets"
 MODALITIES, TASKS = "mopefuse.modalities", "mopefuse.tasks"
+SEGMENTATION = "mopefuse.fusion.segmentation"
 KINDS = {
     ENCODERS: "encoder scheme",
     FUSION: "fusion method",
     DATASETS: "data set",
     MODALITIES: "modality",
     TASKS: "task",
+    SEGMENTATION: "segmentation method",
 }
 OURS = "mopefuse"
 

@@ -27,7 +27,7 @@ from mopefuse.encoders.preprocess import ImagePreprocess
 from mopefuse.errors import ConfigError, EncoderError, PluginError, ResourceError, did_you_mean
 from mopefuse.fusion.base import Fusion
 from mopefuse.modalities import base as modality
-from mopefuse.tasks.base import Task, as_task
+from mopefuse.tasks.base import Task, as_task, get_task
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -186,7 +186,7 @@ def build_model(config: RunConfig, num_labels: int, task: Task | None = None, *,
         num_labels: N, the number of logits. task: default single-label. method: default the registered one that `config`
             names.
     """
-    method = method or _method(config)
+    method = method or _method(config, task)
     with _BUILDING, torch.random.fork_rng(devices=[]):
         encoders = {side: _load_encoder(config, side) for side in method.sides(config)}
         torch.default_generator.manual_seed(config.seed)
@@ -248,14 +248,25 @@ def check_names(config: RunConfig) -> None:
         ConfigError: no such method, or not the spec of an encoder. EncoderError: no such encoder, checked only locally.
         PluginError: the plugin that provides one of them cannot be used.
     """
-    for side in _method(config).sides(config):
+    task = None if config.data.task is None else get_task(config.data.task)
+    for side in _method(config, task).sides(config):
         with _named(side):
             check_name(specs(config)[side])
 
 
-def _method(config: RunConfig) -> Any:
-    """The class of the fusion method, a subclass of `Fusion`."""
-    method = registry.load(registry.FUSION, config.method)
+def _method(config: RunConfig, task: Task | None = None) -> Any:
+    """The class of the fusion method, a subclass of `Fusion`.
+
+    Raises:
+        ConfigError: there is no such method, or it cannot learn the task.
+    """
+    group = registry.FUSION if task is None else task.methods
+    if group != registry.FUSION and not registry.find_candidates(group, config.method):
+        registry.load(registry.FUSION, config.method)  # raises if there is no such method for any task
+        known = ", ".join(registry.available(group))
+        what = f"{config.method} cannot be trained for {task}"
+        raise ConfigError(ConfigCode.METHOD_OF_OTHER_TASK, what, where="--method", fix=f"use one of {known}")
+    method = registry.load(group, config.method)
     if not (isinstance(method, type) and issubclass(method, Fusion)):
         what = f"the fusion method {config.method!r} is not a subclass of mopefuse.fusion.Fusion"
         raise PluginError(PluginCode.NOT_A_SUBCLASS, what, fix="fix the plugin, or uninstall it")

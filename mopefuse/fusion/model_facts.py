@@ -34,7 +34,7 @@ def model_facts(model: Fusion, method: str) -> dict[str, Any]:
             for side, encoder in encoders.items()
         },
         "plugins": registry.describe_plugins(
-            {(registry.FUSION, method), (registry.TASKS, model.task.name)}
+            {(model.task.methods, method), (registry.TASKS, model.task.name)}
             | {(registry.ENCODERS, encoder.spec.scheme) for encoder in encoders.values()}
             | {(registry.MODALITIES, encoder.modality) for encoder in encoders.values()}
         ),

@@ -9,9 +9,9 @@ Shapes: B samples of a batch, S of a split, N outputs of a model for a sample, Z
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from numpy.typing import NDArray
 
@@ -42,6 +42,13 @@ class Labelled(Protocol):
         """Its labels, as they are written in the data."""
 
 
+class TrainingTargets(Protocol):
+    """The targets of the training split, as far as a task learns from them before training."""
+
+    def numbers(self) -> Array:
+        """What `Task.encode` returned for each row (S, T); for a mask its height and width in pixels (S, 2)."""
+
+
 class Task(ABC):
     """What a label is. A task equals its name: ``model.task == "multi-label"``.
 
@@ -51,7 +58,8 @@ class Task(ABC):
         metrics: the metrics by which runs can be compared, the most important first.
         more_metrics: other metrics, which can select checkpoints and be quality gates, but have no confidence intervals.
         uses_thresholds: whether a threshold decides which labels are predicted, so that it can be tuned.
-        is_classification: whether a label is a class, so that there are probabilities, classes to balance and a calibration.
+        label_kind: what a label is in the data: a class, a number, or the path of a mask.
+        methods: the group of entry points with the fusion methods that can learn the task.
         linear_name: name of the linear model that is fitted in closed form.
     """
 
@@ -61,11 +69,17 @@ class Task(ABC):
     metrics: ClassVar[tuple[str, ...]]
     more_metrics: ClassVar[tuple[str, ...]] = ()
     uses_thresholds: ClassVar[bool] = False
-    is_classification: ClassVar[bool] = True
+    label_kind: ClassVar[Literal["class", "number", "mask"]] = "class"
+    methods: ClassVar[str] = registry.FUSION
     linear_name: ClassVar[str] = "logistic regression"
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether a label is a class, so that there are probabilities, classes to balance and a calibration."""
+        return self.label_kind == "class"
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, str):
@@ -84,11 +98,11 @@ class Task(ABC):
         """The task of a run, from `facts`."""
         return cls()
 
-    def fitted(self, numbers: Callable[[], Array], config: RunConfig) -> Task:
+    def fitted(self, targets: TrainingTargets, config: RunConfig) -> Task:
         """The task of a model that is to be trained, with the settings of its run and what it needs of its training labels.
 
         Args:
-            numbers: returns those of the training split, as `encode` does (S, T).
+            targets: those of the training split.
 
         Raises:
             ConfigError: a setting that has no meaning for the task. DataError: nothing can be learned from the targets.

@@ -10,7 +10,7 @@ Shapes: B samples of a batch, S of a split, T targets, Q quantiles, N = T Q outp
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import floor, isfinite, log10
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.core.formatting import json_text
 from mopefuse.errors import ConfigError, DataError
 from mopefuse.metrics.thresholds import THRESHOLD, Thresholds
-from mopefuse.tasks.base import Array, Labelled, Task
+from mopefuse.tasks.base import Array, Labelled, Task, TrainingTargets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +68,7 @@ class Regression(Task):
 
     name, metric, metric_title = "regression", "r2", "R²"
     metrics = ("r2", "mae", "rmse", "spearman")
-    is_classification = False
+    label_kind = "number"
     linear_name = "ridge regression"
 
     def __init__(
@@ -98,14 +98,14 @@ class Regression(Task):
             raise ValueError("its loss, quantiles, mean and deviation do not fit each other")
         return cls(mean, deviation, loss=loss, delta=delta, quantiles=quantiles)
 
-    def fitted(self, numbers: Callable[[], Array], config: RunConfig) -> Regression:
+    def fitted(self, targets: TrainingTargets, config: RunConfig) -> Regression:
         """See `Task.fitted`."""
         if config.train.class_weights == "balanced":
             what = "labels are numbers, so there are no classes to balance"
             raise ConfigError(ConfigCode.SETTING_OF_OTHER_TASK, what, where="--class-weights", fix="remove --class-weights")
         how = config.regression
         task = Regression(loss=how.loss, delta=how.delta, quantiles=how.quantiles)
-        return task.with_statistics(numbers())
+        return task.with_statistics(targets.numbers())
 
     def with_statistics(self, numbers_ST: Array) -> Regression:
         """The same task with the mean and the standard deviation of some numbers (S, T).

@@ -147,7 +147,7 @@ def _new_model(config: RunConfig) -> tuple[Fusion, tuple[str, ...]]:
 
 def _labels_and_task(config: RunConfig) -> tuple[tuple[str, ...], dict[str, Any]]:
     data = load_data(config.data)
-    return data.labels, data.task.fitted(data.sparse_targets("train").numbers, config).facts()
+    return data.labels, data.task.fitted(data.sparse_targets("train"), config).facts()
 
 
 def _train_and_compare(
