@@ -10,6 +10,7 @@ from mopefuse.core.formatting import several, visible
 from mopefuse.data.check import Report
 from mopefuse.data.findings import Finding
 from mopefuse.modalities.base import get_modality
+from mopefuse.modalities.masks import MASKS
 from mopefuse.report.data_check import check_page, describe_count, describe_truncation
 from mopefuse.report.pages import write
 
@@ -75,7 +76,8 @@ def _list(groups: Mapping[str, Sequence[Finding]], heading: str = "") -> None:
 
 
 def _files(report: Report) -> list[str]:
-    return [get_modality(name).plural for name in report.modalities if get_modality(name).is_file]
+    masks = [MASKS.plural] if report.task == "segmentation" else []
+    return [get_modality(name).plural for name in report.modalities if get_modality(name).is_file] + masks
 
 
 def _columns(report: Report) -> list[str]:
@@ -99,9 +101,10 @@ def _show_labels(report: Report) -> None:
         half = _MAX_LABELS // 2
         shown = [*counts[:half], *counts[-half:]]
     rows = [[visible(label), *(f"{count[name]:,}" for name in names)] for label, count in shown]
+    noun = "classes, and the masks that have them" if report.task == "segmentation" else "labels"
     kind = ", several per row" if report.task == "multi-label" else ""
     part = f", the {_MAX_LABELS // 2} most frequent and rarest" if len(counts) > _MAX_LABELS else ""
-    table(f"{len(counts):,} labels{kind}{part}", ["label", *names], rows)
+    table(f"{len(counts):,} {noun}{kind}{part}", ["label", *names], rows)
     found = report.extremes
     if found["ratio"]:
         most, least = (f"{visible(found[which]['label'])} ({found[which]['rows']:,})" for which in ("most_frequent", "rarest"))

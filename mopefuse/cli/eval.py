@@ -198,6 +198,7 @@ def _print(
     ]
     table(f"{run}, {split}", ["label", *names, "support"], rows)
     shown = [[name, write_metric(name, value)] for name, value in metrics.items()]
-    table(f"{split}: {support} true labels", ["metric", "value"], shown)
+    what = "pixels" if "iou" in per_label[0] else "labels"
+    table(f"{split}: {support:,} true {what}", ["metric", "value"], shown)
     if predictions is not None:
         out().print(f"predictions: {predictions}", markup=False)

@@ -60,13 +60,18 @@ def predict(
       mopefuse predict runs/first --image photo.jpg --text "a red car"
     """
     _check(source, image, text, out)
+    from mopefuse.inference.mask_files import MaskWriter
     from mopefuse.inference.predict import input_settings, load, predict_pairs
 
     predictor = load(run, checkpoint=checkpoint, device=device, main=main, comp=comp)
     config = input_settings(run, data_section(settings))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     pairs = islice(_pairs(source, image, text, config, predictor.model), rank, None, world)
-    predictions: Iterable[Prediction] = predict_pairs(predictor, pairs, batch=batch, top=top, routing=routing, strict=strict)
+    masks = None
+    if predictor.model.task == "segmentation" and out is not None:
+        masks = MaskWriter(out.with_name(f"{out.stem}-masks"), predictor.model.labels)
+    how: dict[str, Any] = {"batch": batch, "top": top, "routing": routing, "strict": strict, "masks": masks}
+    predictions: Iterable[Prediction] = predict_pairs(predictor, pairs, **how)
     if world > 1:
         predictions = _gather(predictions, batch)
         if rank:

@@ -63,6 +63,27 @@ class Regression(Section):
         return self
 
 
+class Segmentation(Section):
+    """The decoder of segmentation, from the tokens of several layers of main to a map for each class, and its loss."""
+
+    decoder: Literal["linear", "fpn"] = Field(
+        "linear",
+        description="a network on the tokens of each place (linear), or a light feature pyramid that mixes neighbours (fpn)",
+    )
+    width: int = Field(128, ge=1, le=WIDEST, description="hidden width of the decoder")
+    upsample: int = Field(4, ge=1, le=32, description="with decoder=linear: values per token and side in the predicted map")
+    layers: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = Field(
+        None, description="layers of main whose input the decoder takes, besides its output; default: 1/4, 1/2 and 3/4 of all"
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in the decoder, in training")
+    dice: float = Field(1.0, ge=0, description="weight of the Dice loss, which is added to the cross-entropy")
+    size: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=2, max_length=2)] | None = Field(
+        None,
+        description="height and width in pixels at which masks are compared; default: that of most masks, at most 224 for the "
+        "longer side",
+    )
+
+
 class Lora(Section):
     """Low-rank adaptation (LoRA) of an encoder."""
 

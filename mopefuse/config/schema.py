@@ -152,11 +152,13 @@ class Data(Section):
     task: str | None = Field(
         None,
         min_length=1,
-        description="what a label is: single-label, multi-label or regression; default: inferred from the labels of train",
+        description="what a label is: single-label, multi-label, regression or segmentation; default: inferred from the labels "
+        "of train",
     )
     labels: str | None = Field(
         None, description="file with all labels, one per line; default: labels.txt in the data folder, or the labels of train"
     )
+    ignore_index: int = Field(255, ge=0, le=255, description="id of the pixels in masks that do not count")
     fold_labels: bool = Field(False, description="treat labels that differ only in case, spaces or Unicode form as one")
     allow_odd_labels: bool = Field(False, description="accept suspicious labels, such as lists in cells")
     val_fraction: float | None = Field(None, gt=0, lt=1, description="fraction of train to hold out as val, per class")
@@ -341,6 +343,7 @@ class RunConfig(Section):
     qmf: methods.QMF = methods.QMF()
     flamingo: methods.Flamingo = methods.Flamingo()
     regression: methods.Regression = methods.Regression()
+    segmentation: methods.Segmentation = methods.Segmentation()
     data: Data = Data()
     train: Train = Train()
 

@@ -12,8 +12,8 @@ from mopefuse.data.base import Problem
 from mopefuse.data.findings import KINDS, kind_of_row
 from mopefuse.data.index import Index
 from mopefuse.errors import DataError, data_error
-from mopefuse.modalities.base import get_modality
 from mopefuse.modalities.files import root_to_name
+from mopefuse.modalities.masks import file_kind
 
 _MAX_LISTED = 20
 
@@ -35,7 +35,7 @@ def skip_bad_rows(index: Index, roots: Sequence[Path], config: DataConfig, *, tr
     where, total = str(roots[0] / index.file), len(index.lines_S) + len(index.row_problems)
     for modality, files in index.files.items() if not unsafe else ():
         if files.all_missing():
-            what = f"none of the {len(files.names):,} {get_modality(modality).plural} exist; first missing: {files.names[0]}"
+            what = f"none of the {len(files.names):,} {file_kind(modality).plural} exist; first missing: {files.names[0]}"
             raise DataError(DataCode.FILE_NOT_FOUND, what, where=where, fix=root_to_name(roots, files.names))
     if config.on_bad == "skip" and not unsafe:
         if len(problems) <= config.max_bad_fraction * total:

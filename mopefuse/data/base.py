@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # rows can be read without torch
     import torch
     from torch import Tensor
 
+    from mopefuse.data.index import FileValues
     from mopefuse.tasks.base import Task
 
 SPLITS = ("train", "val", "test")
@@ -75,6 +76,7 @@ class Split:
         loose_keys: by modality, digests (S,) that ignore unimportant differences (in texts: case and spacing).
         hash: digest of everything in the split, including what was skipped.
         skipped: bad rows that were left out (see `data.on_bad`).
+        masks: the files that labels name, if these are masks.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Split:
     loose_keys: Mapping[str, Keys]
     hash: str
     skipped: tuple[Problem, ...] = ()
+    masks: FileValues | None = None
 
     def where(self, row: Row) -> str:
         """Format file, line and id of a row, for messages."""
@@ -107,7 +110,8 @@ class Split:
         index = np.asarray(numbers, dtype=np.int64)
         keys, loose_keys = ({name: digests[index] for name, digests in kind.items()} for kind in (self.keys, self.loose_keys))
         rows = [self.rows[number] for number in numbers]
-        return replace(self, rows=rows, labels=self.labels.take(index), keys=keys, loose_keys=loose_keys)
+        masks = None if self.masks is None else replace(self.masks, number_S=self.masks.number_S[index])
+        return replace(self, rows=rows, labels=self.labels.take(index), keys=keys, loose_keys=loose_keys, masks=masks)
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,12 @@ class DataSet:
 
     def sparse_targets(self, split: str) -> Targets:
         """The targets of a split in sparse form; ``sparse_targets("val")[index_B]`` is the dense target of a batch."""
-        return Targets(self.splits[split].labels, self.labels, self.task)
+        found = self.splits[split]
+        if found.masks is None:
+            return Targets(found.labels, self.labels, self.task)
+        from mopefuse.data.masks import MaskTargets
+
+        return MaskTargets(found, self.image_roots, self.labels, self.task)
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,14 @@ from mopefuse.data.index import Index
 from mopefuse.data.index_build import build, read_rows
 from mopefuse.data.label_problems import find_label_problems, find_task, summarize_splits
 from mopefuse.data.load import get_roots, notice_splits
+from mopefuse.data.masks import count_classes
 from mopefuse.data.repeated_rows import find_repeated_rows
 from mopefuse.data.split_rows import Parts, divide_rows, missing_split_hint
 from mopefuse.data.summary import Advance, Texts, Tokens, count_labels, describe_split, find_extremes, read_texts, rows_of
 from mopefuse.data.tables import Table, find_tables
 from mopefuse.errors import DataError
 from mopefuse.modalities.base import get_modality
+from mopefuse.tasks.base import Task
 
 Indexes = dict[str, Index]
 _NO_ROWS = ("missing-split", "unreadable-table", "empty-split", "many-labels", "list-label")  # explain a split without rows
@@ -172,7 +174,7 @@ def check(
     texts, text_findings = read_texts(indexes, config, tokens, advance)
     task = find_task(indexes, reading.roots[0], config)
     labels, label_findings = find_label_problems(indexes, reading.roots[0], config, task)
-    parts, refused = _divide(indexes, path, config, by_class=task.is_classification)
+    parts, refused = _divide(indexes, path, config, task)
     leaks = list(cross_row_checks.leak_findings(parts))
     found += _row_and_file_findings(indexes, reading.roots)
     found += [*text_findings, *label_findings]
@@ -186,8 +188,8 @@ def check(
         findings=sorted(found, key=_order),
         splits={name: describe_split(index, _bad_rows(index)) for name, index in indexes.items()},
         trained=_count_trained(parts) if _differs_in_training(config) and not refused else {},
-        balance=count_labels(indexes, labels) if task.is_classification else {},
-        numbers={} if task.is_classification else summarize_splits(indexes),
+        balance=_balance(indexes, labels, task),
+        numbers=summarize_splits(indexes) if task.label_kind == "number" else {},
         task=task.name,
         texts=texts,
         leaks=_count_leaks(leaks, parts, reading.modalities),
@@ -195,6 +197,13 @@ def check(
         files_read=reading.files_read.total(),
         from_cache=bool(indexes) and not any(index.fresh for index in indexes.values()),
     )
+
+
+def _balance(indexes: Indexes, labels: tuple[str, ...], task: Task) -> dict[str, dict[str, int]]:
+    """Count the rows with each label in each split, or with each class in their mask."""
+    if task.label_kind == "mask":
+        return count_classes(indexes, labels)
+    return count_labels(indexes, labels) if task.is_classification else {}
 
 
 def _row_and_file_findings(indexes: Indexes, roots: tuple[Path, ...]) -> list[Finding]:
@@ -331,7 +340,7 @@ class _Reading:
         return Finding(kind="missing-split", split=name, where=where, message=message, hint=hint, code=DataCode.NO_SPLIT.text)
 
 
-def _divide(indexes: Indexes, path: Path, config: DataConfig, *, by_class: bool) -> tuple[Parts, list[Finding]]:
+def _divide(indexes: Indexes, path: Path, config: DataConfig, task: Task) -> tuple[Parts, list[Finding]]:
     """Divide rows among splits as training does.
 
     Returns:
@@ -341,7 +350,7 @@ def _divide(indexes: Indexes, path: Path, config: DataConfig, *, by_class: bool)
     if not _differs_in_training(config):
         return whole, []
     try:
-        return divide_rows(indexes, path, config, by_class=by_class), []
+        return divide_rows(indexes, path, config, task=task), []
     except DataError as error:
         return whole, [finding_of(error, "empty-split")]
 

@@ -17,8 +17,8 @@ import numpy as np
 from mopefuse.core.formatting import several
 from mopefuse.data.index import Index
 from mopefuse.errors import DataError
-from mopefuse.modalities.base import get_modality
 from mopefuse.modalities.files import Files, root_to_name
+from mopefuse.modalities.masks import file_kind
 
 
 class Kind(NamedTuple):
@@ -60,6 +60,10 @@ KINDS = {  # in the order of the report
     "wrong-format-image": Kind("error", "convert the file to JPEG, PNG, WEBP, GIF or BMP"),
     "unreadable-image": Kind("error", "replace or remove the file"),
     "unreadable-file": Kind("error", "replace or remove the file"),
+    "missing-mask": Kind("error", "add the file"),
+    "unreadable-mask": Kind("error", "save class ids as a PNG with one channel"),
+    "unlisted-class": Kind("error", "add its name to the file of names, or set data.ignore_index if such pixels do not count"),
+    "mask-of-other-shape": Kind("warning", "check that the mask belongs to the image; it is stretched to fit"),
     "huge-image": Kind("error", "shrink the image, or raise --max-pixels"),
     "missing-test": Kind("warning", "add test.jsonl, or hold out rows of train with --test-fraction 0.1"),
     "leaked-image": Kind("warning", "remove the row from one of the splits"),
@@ -216,7 +220,7 @@ def kind_of_row(what: str) -> str:
 def file_findings(index: Index, roots: Sequence[Path]) -> Iterator[Finding]:
     """Yield the findings about files, once for each file, at the first row that names it."""
     for name, files in index.files.items():
-        modality = get_modality(name)
+        modality = file_kind(name)
         assert isinstance(modality, Files)
         present = np.flatnonzero(files.number_S >= 0)
         root_hint = root_to_name(roots, files.names) if files.all_missing() else ""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mopefuse.data.base import Problem
 from mopefuse.data.labels import Labels
 from mopefuse.modalities.files import MISSING, FileInfo
+from mopefuse.modalities.masks import NAME as MASK
 
 Array = NDArray[Any]
 
@@ -94,6 +95,7 @@ class Index:
         left_out: number of rows that are skipped because modalities are missing, by the names of these.
         fresh: whether a part of the index was not in the cache.
         left_out_S: rows that are left out because their label is not of the task.
+        masks: the files that labels name, if these are masks.
     """
 
     split: str
@@ -111,11 +113,13 @@ class Index:
     left_out: dict[str, int]
     fresh: bool = False
     left_out_S: Array | None = None
+    masks: FileValues | None = None
 
     @property
     def files(self) -> dict[str, FileValues]:
-        """The modalities whose values are files."""
-        return {name: values for name, values in self.values.items() if isinstance(values, FileValues)}
+        """The modalities whose values are files, and the masks."""
+        found = {name: values for name, values in self.values.items() if isinstance(values, FileValues)}
+        return found if self.masks is None else {**found, MASK: self.masks}
 
     def place(self, row: int) -> str:
         """Format file and line of a row, for messages."""
@@ -141,7 +145,7 @@ class Index:
     def groups(self) -> list[str]:
         """The group (S,) of each row when rows are held out: its first file, or the row itself."""
         groups = [f"\0{identity}" for identity in self.ids]
-        for values in reversed(self.files.values()):
+        for values in reversed([values for values in self.values.values() if isinstance(values, FileValues)]):
             groups = [values.names[i] if i >= 0 else group for i, group in zip(values.number_S, groups, strict=True)]
         return groups
 

@@ -22,11 +22,13 @@ from mopefuse.data import index_cache
 from mopefuse.data.base import SPLITS, Problem, digest
 from mopefuse.data.columns import Layout
 from mopefuse.data.index import FileValues, Index, InlineValues
-from mopefuse.data.labels import LabelsBuilder
+from mopefuse.data.labels import Labels, LabelsBuilder
 from mopefuse.data.rows import EXPECTED_LABEL, InvalidRow, RowSkipped, ValidRow, add_missing_hints, check_row
 from mopefuse.data.tables import Table, TableRow, split_named
 from mopefuse.modalities import base as modality
 from mopefuse.modalities.files import FileInfo, Files, inspect_files
+from mopefuse.modalities.masks import MASKS
+from mopefuse.modalities.masks import NAME as MASK
 
 VERSION = 2  # version of the definition of a row; it is part of the fingerprint by which a run recognises its data
 _NO_ROW, _MISSING = DataCode.BAD_ROW.text, bytes(16)
@@ -53,7 +55,8 @@ def build(
         advance: called with (files read, files to read).
     """
     kinds = {name: kind for name in modalities if isinstance(kind := modality.get_modality(name), Files)}
-    settings = (config.split_col, *(limit for kind in kinds.values() for limit in kind.limits(config)))
+    limits = (limit for kind in (*kinds.values(), MASKS) for limit in kind.limits(config))
+    settings = (config.split_col, *limits)
     index_digest = cache.make_key(
         VERSION, table.digest, split, table.file, *Layout.from_config(modalities, config).describe(), *settings
     )
@@ -61,6 +64,7 @@ def build(
     index = None if fresh else index_cache.load(key, table)
     if index is None:
         index = read_rows(table, split, modalities, config, index_digest)
+    kinds |= {} if index.masks is None else {MASK: MASKS}
     updated, total_before = {}, 0
     for name, kind in kinds.items():
         values, read_now = index.files[name], 0
@@ -75,7 +79,8 @@ def build(
         updated[name] = replace(values, infos=[infos[file] for file in values.names])
         total_before += read_now
     if index.fresh or any(updated[name].infos != values.infos for name, values in index.files.items()):
-        index = replace(index, values={**index.values, **updated}, fresh=True)
+        masks = updated.pop(MASK, None)
+        index = replace(index, values={**index.values, **updated}, masks=masks, fresh=True)
         index_cache.save(key, index, roots)
     return index
 
@@ -157,6 +162,7 @@ class _IndexBuilder:
     def build(self, digest: str) -> Index:
         """The index of all rows that were added."""
         is_rewritten = self.table.content is None
+        labels = self.labels.build()
         return Index(
             split=self.split,
             file=self.table.file,
@@ -166,7 +172,8 @@ class _IndexBuilder:
             byte_ranges_S2=np.array(self.places, dtype=np.int64).reshape(-1, 2),
             lines_S=np.array(self.lines, dtype=np.int64),
             values={name: values.build() for name, values in self.values.items()},
-            labels=self.labels.build(),
+            labels=labels,
+            masks=_masks(labels, self.config) if not any(self.lists) else None,
             list_S=np.frombuffer(bytes(self.lists), dtype=bool),
             ids=list(self.line_of),
             row_problems=add_missing_hints(self.problems, self.layout) if self.line_of else self.problems,
@@ -197,6 +204,15 @@ class _ValuesBuilder:
         if self.modality.is_file:
             return FileValues(np.array(self.numbers, dtype=np.int64), [*self.names], [FileInfo()] * len(self.names))
         return InlineValues(np.frombuffer(bytes(self.keys), dtype="S16"), np.frombuffer(bytes(self.loose_keys), dtype="S16"))
+
+
+def _masks(labels: Labels, config: DataConfig) -> FileValues | None:
+    """The masks that labels name, which have not been checked yet: for segmentation, or if each label is a PNG file."""
+    one_each = len(labels) > 0 and bool((np.diff(labels.start_S1) == 1).all())
+    are_files = config.task is None and all(name.lower().endswith(".png") for name in labels.names)
+    if not one_each or not (are_files or config.task == "segmentation"):
+        return None
+    return FileValues(labels.code_Z.astype(np.int64), [*labels.names], [FileInfo()] * len(labels.names))
 
 
 def _named_split(found: TableRow, config: DataConfig) -> str | None:

@@ -17,9 +17,10 @@ from mopefuse.data.index import Array, FileValues, Index, InlineValues
 from mopefuse.data.labels import Labels
 from mopefuse.data.tables import Table
 from mopefuse.modalities.files import FileInfo
+from mopefuse.modalities.masks import NAME as MASK
 
-VERSION = 6  # version of the format
-_LOOK_ARRAYS = ("size", "mtime", "side", "animated", "milliseconds", "digest")
+VERSION = 7  # version of the format
+_LOOK_ARRAYS = ("size", "mtime", "side", "animated", "milliseconds", "digest", "ids")
 
 
 def make_key(digest: str, roots: Sequence[Path], config: DataConfig) -> str:
@@ -28,7 +29,7 @@ def make_key(digest: str, roots: Sequence[Path], config: DataConfig) -> str:
     Args:
         digest: see `Index.digest`. roots: folders that may contain files.
     """
-    return cache.make_key(VERSION, digest, config.on_missing, *(root.resolve() for root in roots))
+    return cache.make_key(VERSION, digest, config.on_missing, config.task == "segmentation", *(root.resolve() for root in roots))
 
 
 def save(key: str, index: Index, roots: Sequence[Path]) -> None:
@@ -45,7 +46,7 @@ def _write(index: Index, folder: Path) -> None:
         "label_starts": index.labels.start_S1,
         "labels": index.labels.code_Z,
     }
-    for name, values in index.values.items():
+    for name, values in {**index.values, **index.files}.items():
         found = _arrays(values) if isinstance(values, FileValues) else {"key": values.key_S, "alike": values.loose_key_S}
         arrays |= {f"{name}.{part}": array for part, array in found.items()}
     np.savez(folder / "rows.npz", **arrays)
@@ -76,6 +77,7 @@ def _arrays(files: FileValues) -> dict[str, Array]:
         "animated": np.array([info.animated for info in infos], dtype=bool),
         "milliseconds": np.array([info.milliseconds for info in infos], dtype=np.int64),
         "digest": np.array([info.digest.ljust(16, b"\0") for info in infos], dtype="S16"),
+        "ids": np.array([np.frombuffer(info.ids.ljust(32, b"\0"), np.uint8) for info in infos]).reshape(-1, 32),
     }
 
 
@@ -87,7 +89,7 @@ def _files(arrays: dict[str, Array], names: list[str], bad: dict[str, list[str]]
     """
     infos = []
     columns = (arrays[name].tolist() for name in _LOOK_ARRAYS)
-    for i, (size, mtime, (width, height), animated, milliseconds, digest) in enumerate(zip(*columns, strict=True)):
+    for i, (size, mtime, (width, height), animated, milliseconds, digest, ids) in enumerate(zip(*columns, strict=True)):
         code, what, fix = bad.get(str(i), ("", "", ""))
         infos.append(
             FileInfo(
@@ -98,6 +100,7 @@ def _files(arrays: dict[str, Array], names: list[str], bad: dict[str, list[str]]
                 animated=animated,
                 milliseconds=milliseconds,
                 digest=digest,
+                ids=bytes(ids),
                 code=code,
                 what=what,
                 fix=fix,
@@ -120,12 +123,15 @@ def load(key: str, table: Table) -> Index | None:
     with np.load(folder / "rows.npz", allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     values: dict[str, InlineValues | FileValues] = {}
+
+    def own(name: str) -> dict[str, Array]:
+        return {key.removeprefix(f"{name}."): array for key, array in arrays.items() if key.startswith(f"{name}.")}
+
     for name in texts["modalities"]:
-        own = {key.removeprefix(f"{name}."): array for key, array in arrays.items() if key.startswith(f"{name}.")}
         if name in texts["files"]:
-            values[name] = _files(own, texts["files"][name], texts["bad_files"][name])
+            values[name] = _files(own(name), texts["files"][name], texts["bad_files"][name])
         else:
-            values[name] = InlineValues(own["key"], own["alike"])
+            values[name] = InlineValues(own(name)["key"], own(name)["alike"])
     return Index(
         split=facts["split"],
         file=table.file,
@@ -135,6 +141,7 @@ def load(key: str, table: Table) -> Index | None:
         byte_ranges_S2=arrays["places"],
         lines_S=arrays["lines"],
         values=values,
+        masks=_files(masks, texts["files"][MASK], texts["bad_files"][MASK]) if (masks := own(MASK)) else None,
         labels=Labels(texts["labels"], arrays["label_starts"], arrays["labels"]),
         list_S=arrays["list"],
         ids=texts["ids"],

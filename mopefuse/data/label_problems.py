@@ -11,6 +11,7 @@ from mopefuse.data.findings import Finding, finding_of
 from mopefuse.data.known_labels import labels_file
 from mopefuse.data.label_check import locate_suspicious_labels
 from mopefuse.data.labels_task import infer_task, odd_numbers, require_numbers, summarize_numbers
+from mopefuse.data.masks import find_mask_problems
 from mopefuse.errors import DataError
 from mopefuse.tasks.base import Task, get_task
 
@@ -25,7 +26,9 @@ def find_task(indexes: Indexes, root: Path, config: DataConfig) -> Task:
 
 def find_label_problems(indexes: Indexes, root: Path, config: DataConfig, task: Task) -> tuple[tuple[str, ...], list[Finding]]:
     """Find the labels of a classifier, none for a regression, and what is wrong with labels."""
-    if not task.is_classification:
+    if task.label_kind == "mask":
+        return find_mask_problems(indexes, root, config)
+    if task.label_kind == "number":
         return (), list(odd_numbers(indexes)) or _uneven(indexes)
     labels, found = cross_row_checks.find_labels(indexes, root, config)
     if "train" in indexes:

@@ -124,7 +124,7 @@ class Targets:
         encoded = task.encode([labels.names[code] for code in present.tolist()], known)
         number_U = np.zeros(len(labels.names), dtype=encoded.dtype)
         number_U[present] = encoded
-        self.start_S1, self.label_Z = labels.start_S1, number_U[labels.code_Z]
+        self.start_S1, self.label_Z, self._labels = labels.start_S1, number_U[labels.code_Z], labels
         self.count, self.task = len(known), task
 
     def __len__(self) -> int:
@@ -153,6 +153,10 @@ class Targets:
         rows = np.searchsorted(self.start_S1, places, side="right") - 1
         targets_Sn[torch.from_numpy(rows), torch.from_numpy(self.label_Z[places] - first)] = 1.0
         return targets_Sn
+
+    def label_counts(self) -> dict[str, int]:
+        """Count the rows with each label as it is written, or the pixels of each class of masks."""
+        return self._labels.counts()
 
     def counts(self) -> Tensor:
         """Count the rows of each label (N,); classification only."""

@@ -41,6 +41,8 @@ def infer_task(indexes: Mapping[str, Index], config: DataConfig, *, classes_are_
     """
     parts = {name: (index, index.good()) for name, index in indexes.items()}
     lists = are_lists(parts)
+    if config.task is None and parts and all(index.masks is not None for index, _ in parts.values()):
+        return get_task("segmentation")
     if config.task is not None:
         task = get_task(config.task)
         if task == "single-label" and lists:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from mopefuse.config.schema import Data as DataConfig
@@ -21,6 +22,7 @@ from mopefuse.data.index_build import Advance, build
 from mopefuse.data.known_labels import known_labels, labels_file
 from mopefuse.data.labels_task import infer_task, require_numbers, target_names, without_bad_numbers
 from mopefuse.data.leaks import find_leaks
+from mopefuse.data.masks import find_classes
 from mopefuse.data.repeated_rows import notice_contradictions
 from mopefuse.data.rows import Rows
 from mopefuse.data.split_rows import Numbers, divide_rows
@@ -55,20 +57,24 @@ def load_data(
     training = "train" in require and "train" in indexes
     skipped = {name: skip_bad_rows(index, roots, config, training=training) for name, index in indexes.items()}
     task = infer_task(indexes, config, classes_are_listed=labels_file(roots[0], config) is not None)
-    if not task.is_classification:
+    if task.label_kind == "number":
         indexes, odd = without_bad_numbers(indexes, config)
         skipped = {name: (*skipped[name], *odd.get(name, ())) for name in skipped}
     checked = training and task.is_classification
     label_warnings = label_check.check_labels(indexes["train"], roots[0], config) if checked else []
     contradictions = notice_contradictions(indexes.values()) if checked else []
-    parts = divide_rows(indexes, path, config, require, by_class=task.is_classification)
+    parts = divide_rows(indexes, path, config, require, task=task)
     splits = {name: _split(name, index, rows, skipped.get(name, ()), config) for name, (index, rows) in parts.items()}
+    if task.label_kind == "mask":
+        task, labels = find_classes(parts, roots[0], config)
+    elif task.label_kind == "number":
+        labels = target_names(config, require_numbers(parts))
+    else:
+        labels = known_labels(roots[0], splits, config, label_warnings)
     return DataSet(
         root=roots[0],
         splits=splits,
-        labels=known_labels(roots[0], splits, config, label_warnings)
-        if task.is_classification
-        else target_names(config, require_numbers(parts)),
+        labels=labels,
         task=task,
         image_roots=roots,
         notices=(*_notices(splits, indexes, config), *label_check.notices(label_warnings), *contradictions),
@@ -142,6 +148,7 @@ def _split(name: str, index: Index, rows: Numbers, skipped: tuple[Problem, ...],
         labels=labels,
         keys=keys,
         loose_keys={modality: values.loose_keys()[rows] for modality, values in index.values.items()},
+        masks=None if index.masks is None else replace(index.masks, number_S=index.masks.number_S[rows]),
         hash=_fingerprint(name, index, rows, skipped),
         skipped=skipped,
     )

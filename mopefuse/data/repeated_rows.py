@@ -54,6 +54,8 @@ def _repeats(index: Index) -> list[tuple[int, int]]:
 
 
 def _contradicts(index: Index, row: int, earlier: int) -> bool:
+    if index.masks is not None:
+        return bool(index.masks.keys()[row] != index.masks.keys()[earlier])
     return set(index.labels[row]) != set(index.labels[earlier])
 
 

@@ -16,6 +16,7 @@ from mopefuse.data.index import Index
 from mopefuse.data.subsets import choose_few, hold_out
 from mopefuse.data.tables import SUFFIXES, find_tables, split_column
 from mopefuse.errors import ConfigError, DataError
+from mopefuse.tasks.base import Task
 
 Numbers = NDArray[np.int64]
 Parts = dict[str, tuple[Index, Numbers]]
@@ -23,18 +24,19 @@ Parts = dict[str, tuple[Index, Numbers]]
 
 
 def divide_rows(
-    indexes: dict[str, Index], path: Path, config: DataConfig, require: Sequence[str] = (), *, by_class: bool = True
+    indexes: dict[str, Index], path: Path, config: DataConfig, require: Sequence[str] = (), *, task: Task
 ) -> Parts:
     """Assign rows to splits: hold rows out of train, then draw the rows of train that are used.
 
     Args:
-        require: splits that must exist. by_class: whether classes keep their shares; without, labels do not matter.
+        require: splits that must exist. task: in classification, classes keep their shares; else labels do not matter.
 
     Raises:
         DataError: a required split is missing, or a split has no rows.
         ConfigError: a split that exists is to be held out.
     """
     parts: Parts = {name: (index, index.good()) for name, index in indexes.items()}
+    by_class = task.is_classification
     for name, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
         if fraction is not None:
             _hold_out(parts, name, fraction, path, config, by_class)
@@ -50,7 +52,7 @@ def divide_rows(
     if (config.shots or config.fraction) and "train" in parts:
         index, rows = parts["train"]
         if config.shots and not by_class:
-            what = "labels are numbers, so there are no classes of which to take some rows each"
+            what = f"labels are {task.label_kind}s, so there are no classes of which to take some rows each"
             raise ConfigError(ConfigCode.SETTING_OF_OTHER_TASK, what, where="--shots", fix="use --fraction")
         labels, ids = _classes(index, rows, by_class), [index.ids[row] for row in rows]
         parts["train"] = (index, rows[choose_few(ids, labels, config.seed, shots=config.shots, fraction=config.fraction)])

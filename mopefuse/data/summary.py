@@ -19,6 +19,7 @@ from mopefuse.data.findings import Finding, finding_at
 from mopefuse.data.index import Index
 from mopefuse.data.rows import Rows
 from mopefuse.modalities.base import get_modality
+from mopefuse.modalities.masks import file_kind, ids_in
 
 MAX_TEXTS = 20_000  # maximum number of texts whose length is measured
 TOKENS_PER_WORD = 1.3  # an estimate, for English and subword vocabularies
@@ -153,15 +154,15 @@ def _oddities(index: Index, row: int, text: str) -> Iterator[Finding]:
 
 def describe_split(index: Index, bad_rows: int) -> dict[str, Any]:
     """Count rows, labels and files of a split; find its smallest and largest picture, in pixels, and the bytes of files."""
-    infos = [info for files in index.files.values() for info in files.infos]
+    infos, masks = [info for files in index.files.values() for info in files.infos], index.masks
     sides = {(info.width, info.height) for info in infos if info.width}
     by_area = sorted(sides, key=lambda side: (side[0] * side[1], side))
     return {
         "file": index.file,
         "rows": len(index.lines_S) + len(index.row_problems),
         "bad_rows": bad_rows,
-        **{get_modality(name).plural: len(files.names) for name, files in index.files.items()},
-        "labels": len(index.labels.counts()),
+        **{file_kind(name).plural: len(files.names) for name, files in index.files.items()},
+        "labels": len(index.labels.counts() if masks is None else {one for info in masks.infos for one in ids_in(info)}),
         "rows_without_label": index.labels.count_unlabelled(),
         "pixels": {"smallest": list(by_area[0]), "largest": list(by_area[-1])} if by_area else None,
         "bytes": sum(max(0, info.size) for info in infos),

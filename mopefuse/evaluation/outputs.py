@@ -120,15 +120,14 @@ def collect(outputs: ModelOutputs, data: DataSet, split: str, *, with_routing: b
         NumericError: a logit is not finite.
     """
     count = len(data.splits[split].rows)
-    own_RN = torch.empty(len(range(distributed.rank(), count, distributed.world_size())), data.outputs)
-    routing, done = [], 0
+    own: list[Tensor] = []
+    routing = []
     for output in outputs:
-        own_RN[done : done + len(output.index_B)] = output.logits_BN
-        done += len(output.index_B)
+        own.append(output.logits_BN)
         if with_routing and output.routing_BLK is not None:
             routing.append(output.routing_BLK)
     load_LK = outputs.load()
-    logits_SN = distributed.gather_rows(own_RN, count)
+    logits_SN = distributed.gather_rows(torch.cat([one for one in own if len(one)] or own), count)
     require_finite(is_nonfinite(logits_SN), data, split)
     if not with_routing or load_LK is None:
         return SplitOutput(logits_SN, load_LK)
@@ -138,7 +137,7 @@ def collect(outputs: ModelOutputs, data: DataSet, split: str, *, with_routing: b
 
 def is_nonfinite(logits_SN: Tensor) -> Tensor:
     """(S,) uint8: 1 for samples with a logit that is NaN or infinite."""
-    return (~logits_SN.isfinite().all(dim=-1)).byte()
+    return (~logits_SN.flatten(1).isfinite().all(dim=-1)).byte()
 
 
 def require_finite(nonfinite_S: Tensor, data: DataSet, split: str) -> None:

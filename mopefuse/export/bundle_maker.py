@@ -32,7 +32,7 @@ from mopefuse.export.model_card import model_card
 from mopefuse.fusion.base import Fusion
 from mopefuse.inference.bundle import KIND, MODELS, Bundle
 from mopefuse.inference.bundle_runtime import Array
-from mopefuse.inference.predict import Predictor
+from mopefuse.inference.predict import Predictor, as_json
 from mopefuse.inference.pt2 import save_pt2
 from mopefuse.runs.load import Loaded
 
@@ -137,7 +137,7 @@ class Maker:
             "image": "example.png",
             "text": EXAMPLE_TEXT,
             "logits": logits_BN[0].tolist(),
-            "prediction": Predictor(bundle).predict([image], [EXAMPLE_TEXT])[0],
+            "prediction": as_json(Predictor(bundle).predict([image], [EXAMPLE_TEXT])[0]),
             "tolerance": INT8_TOLERANCE if self.int8 else TOLERANCE,
         }
         (folder / "example.json").write_text(dump_json(example), encoding="utf-8")
@@ -250,10 +250,12 @@ def _difference(found: Array, wanted: Array) -> float:
 
 
 def _predicted_labels(logits_BN: Array, bundle: Bundle) -> Array:
-    """The predicted labels: a mask (B, N) for multi-label models, else the index of the most likely label (B, 1)."""
+    """The predicted labels: a mask (B, N) for multi-label models, else the index of the most likely one (B, 1), or of that of
+    each pixel (B, h w).
+    """
     if bundle.task.uses_thresholds:
         return logits_BN >= np.log(np.array(bundle.thresholds) / (1 - np.array(bundle.thresholds) + 1e-12))
-    return np.asarray(logits_BN.argmax(axis=-1)[:, None])
+    return np.asarray(logits_BN.argmax(axis=1).reshape(len(logits_BN), -1))
 
 
 def _times(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Sequence[Any]) -> dict[str, float]:

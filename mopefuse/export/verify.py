@@ -54,7 +54,7 @@ def _example(bundle: Bundle) -> tuple[Image.Image, str, NDArray[np.float64], flo
     try:
         name, text, tolerance = str(example["image"]), str(example["text"]), float(example["tolerance"])
         logits_N = np.array(example["logits"], dtype=np.float64)
-        if logits_N.shape != (bundle.task.outputs(bundle.labels),):
+        if logits_N.shape[:1] != (bundle.task.outputs(bundle.labels),):
             raise ValueError(f"{logits_N.size} logits of {len(bundle.labels)} labels")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         what = f"example.json is damaged: {error}"

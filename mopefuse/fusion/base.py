@@ -64,6 +64,8 @@ class Fusion(nn.Module):
     stands for the pattern's first group. A tensor that matches no pattern is valid with any encoder."""
     supports_multiple_comps: ClassVar[bool] = False
     """Whether the method takes any number of complementary encoders, and handles samples that lack their modalities."""
+    whole_images: ClassVar[bool] = False
+    """Whether the main encoder gets images that are stretched to its input size instead of cropped."""
     closed_form: ClassVar[bool] = False  # whether `fit` trains everything, so that no training step is made
     starts_fitted: bool = False  # whether `fit` computes the initial weights
     head: nn.Module
@@ -171,7 +173,7 @@ class Fusion(nn.Module):
         settings = ["train.modality_dropout"] if self.config.train.modality_dropout and self.closed_form else []
         optional = (
             "warm_start head_features head_dropout tune prompts router comp_tuning lora inserted pmf linear mlp "
-            "cross_attention qmf flamingo"
+            "cross_attention qmf flamingo segmentation"
         )
         used = (*self.sections, "lora") if any(self.encoder(side).adapted for side in self.uses) else self.sections
         return [s for s in optional.split() if s not in used and getattr(self.config, s) != getattr(default, s)] + settings

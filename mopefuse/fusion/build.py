@@ -189,6 +189,8 @@ def build_model(config: RunConfig, num_labels: int, task: Task | None = None, *,
     method = method or _method(config, task)
     with _BUILDING, torch.random.fork_rng(devices=[]):
         encoders = {side: _load_encoder(config, side) for side in method.sides(config)}
+        if method.whole_images:
+            _stretch_images(encoders["main"])
         torch.default_generator.manual_seed(config.seed)
         _require_memory(config, method, encoders)
         try:
@@ -199,6 +201,12 @@ def build_model(config: RunConfig, num_labels: int, task: Task | None = None, *,
             raise _too_large(config, needed) from None
     model.num_labels, model.task = num_labels, task or model.task
     return model.eval()
+
+
+def _stretch_images(encoder: Encoder) -> None:
+    """Let an encoder see whole images, stretched to its input size, so that each pixel of a mask has a token."""
+    if isinstance(encoder.preprocess, ImagePreprocess):
+        encoder.preprocess = replace(encoder.preprocess, resize=encoder.preprocess.size)
 
 
 def load_encoder(config: RunConfig, side: str) -> Encoder:

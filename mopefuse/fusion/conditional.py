@@ -42,7 +42,7 @@ from mopefuse.fusion.token_reader import TokenReader
 from mopefuse.fusion.token_reader_fit import Reading, ReadingSettings
 from mopefuse.fusion.wide_head import WideHead, head_state
 from mopefuse.prompts.resampler import ConditionTokens
-from mopefuse.prompts.stack import PromptStack, fill_prompt_lengths
+from mopefuse.prompts.stack import ConditionedPrompts, PromptStack, fill_prompt_lengths
 
 TOKEN_DROPOUT = 0.4
 """Default of ``prompts.token_dropout`` for a ViT; see docs/results.md."""
@@ -292,13 +292,18 @@ class ConditionalFusion(Fusion):
         assert main.leading_tokens is not None
         return (start or main.compute_prefix(batch.inputs["main"], first)).drop_tokens(fraction, main.leading_tokens)
 
-    def forward(self, batch: Batch) -> Output:
-        """Compute logits (B, N) and the routing of each routed layer."""
+    def condition(self, batch: Batch) -> tuple[ConditionedPrompts | None, dict[str, Tensor], dict[str, Tensor]]:
+        """The prompts of a batch, None without any; and by side, its condition (B, C) and its pooled feature (B, C)."""
         read = {side: self.read(side, batch) for side in self.comps if side in self.reads}
         psi_BC = {side: psi for side, (psi, _) in read.items()}
         tokens = {side: found for side, (_, found) in read.items() if found is not None}
         conditions_BC = {side: self.replace_missing(side, normalize_feature(psi), batch) for side, psi in psi_BC.items()}
         conditioned = self.stack.condition(conditions_BC, tokens) if len(self.stack.layers) else None
+        return conditioned, conditions_BC, psi_BC
+
+    def forward(self, batch: Batch) -> Output:
+        """Compute logits (B, N) and the routing of each routed layer."""
+        conditioned, conditions_BC, psi_BC = self.condition(batch)
         start = self.start_of_main(batch)
         encoded = self.encoder("main").encode(batch.inputs["main"], conditioned, start=start)
         pooled = (encoded.pooled_BC,) if len(self.head_sides) == 1 else (encoded.pooled_BC, *psi_BC.values())

@@ -115,8 +115,8 @@ class Bundle:
         names = [name for side, how in self.sides.items() for name, _, _ in _expected(side, how)]
         in_order = sorted(names, key=lambda name: name.endswith("_missing"))
         outputs = self._outputs({name: np.ascontiguousarray(inputs[name]) for name in in_order})  # as the graph was traced
-        if outputs[0].shape[1:] != (wanted := self.task.outputs(self.labels),):
-            what = f"the graph has {outputs[0].shape[-1]} outputs, and labels.json describes {wanted}"
+        if outputs[0].shape[1] != (wanted := self.task.outputs(self.labels)):
+            what = f"the graph has {outputs[0].shape[1]} outputs, and labels.json describes {wanted}"
             raise CheckpointError(CheckpointCode.CONTENT_DAMAGED, what, where=str(self.folder), fix=EXPORT_AGAIN)
         if not np.isfinite(outputs[0]).all():
             raise NumericError(
@@ -143,15 +143,16 @@ class Bundle:
             raise CheckpointError(CheckpointCode.GRAPH_FAILED, what, where=str(self.folder), fix=EXPORT_AGAIN) from error
         batch = len(next(iter(inputs.values())))
         dims = [(output.ndim, len(output) if output.ndim else 0, output.dtype.kind) for output in outputs]
-        if dims not in ([(2, batch, "f")], [(2, batch, "f"), (3, batch, "f")]):
+        logits = (self.task.output_axes, batch, "f")
+        if dims not in ([logits], [logits, (3, batch, "f")]):
             what = "the graph's outputs are not logits (and routing) of the expected shape"
             raise CheckpointError(CheckpointCode.GRAPH_FAILED, what, where=str(self.folder), fix=EXPORT_AGAIN)
         return outputs
 
-    def predict_decoded(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
+    def predict_decoded(self, values: Mapping[str, Sequence[Any]]) -> tuple[Array, list[Any] | None]:
         """Decoded outputs (B, N) and routing; see `mopefuse.inference.predict.Model`."""
         outputs_BN, routing = self.run(self.collate(**modality.to_arguments(values)))
-        return self.task.decode(outputs_BN).tolist(), None if routing is None else routing.tolist()
+        return self.task.decode(outputs_BN), None if routing is None else routing.tolist()
 
     def check(self, inputs: Mapping[str, Array]) -> None:
         """Refuse inputs that the graph would refuse with an obscure message, or not at all.

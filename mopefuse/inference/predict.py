@@ -11,10 +11,11 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
-from math import isfinite
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from mopefuse.config.encoder_sides import Comp
 from mopefuse.config.recipe import changed_data, saved_config
@@ -27,11 +28,15 @@ from mopefuse.data.rows import InvalidRow, check_input
 from mopefuse.data.tables import TableRow, find_tables, parse_json_line
 from mopefuse.errors import CheckpointError, ConfigError, DataError, MopefuseError, NumericError
 from mopefuse.inference.bundle import Bundle
+from mopefuse.inference.mask_files import MaskWriter
 from mopefuse.modalities import base as modality
+from mopefuse.modalities.masks import encode_runs
 from mopefuse.runs.locate import find_run, get_kind, locate
-from mopefuse.tasks.base import Task
+from mopefuse.tasks.base import Array, Task
+from mopefuse.tasks.segmentation import Segmentation
 
 Prediction = dict[str, Any]
+IMAGE = "image"
 
 
 class Model(Protocol):
@@ -50,7 +55,7 @@ class Model(Protocol):
     optional_modalities: tuple[str, ...]
     empty_is_missing: bool
 
-    def predict_decoded(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
+    def predict_decoded(self, values: Mapping[str, Sequence[Any]]) -> tuple[Array, list[Any] | None]:
         """What `Task.decode` returns (B, N), and the routing weights of each sample (routed layers, experts) or None.
 
         Args:
@@ -73,7 +78,8 @@ class Predictor:
         routing: bool = False,
         **more: Any,
     ) -> list[Prediction]:
-        """The prediction for each sample: ``{"label" | "labels", "probabilities": {label: p}}``.
+        """The prediction for each sample: ``{"label" | "labels", "probabilities": {label: p}}`` or ``{"value": number}``, or
+        ``{"mask": array}``, the class of each pixel of the image, uint8 (height, width).
 
         Args:
             images: PIL images of any mode, paths of files, or arrays of uint8 (height, width, 3); they are prepared as the
@@ -95,15 +101,21 @@ class Predictor:
         if not modality.count_samples(values):
             return []
         _require(values, self.model)
+        task, labels, thresholds = self.model.task, self.model.labels, self.model.thresholds
+        if isinstance(task, Segmentation):
+            values = {**values, IMAGE: modality.prepare_values(IMAGE, values[IMAGE])}  # their sizes are needed
         decoded_BN, weights_BLK = self.model.predict_decoded(values)
-        if not all(map(isfinite, chain.from_iterable(decoded_BN))):
+        if not np.isfinite(decoded_BN).all():
             raise NumericError(
                 NumericCode.PREDICTION_NOT_FINITE,
                 "the model's prediction is NaN or infinite",
                 fix="train again, or use a different --checkpoint",
             )
-        task, labels, thresholds = self.model.task, self.model.labels, self.model.thresholds
-        predictions = [task.predict(decoded_N, labels, thresholds, top) for decoded_N in decoded_BN]
+        if isinstance(task, Segmentation):
+            both = zip(decoded_BN, values[IMAGE], strict=True)
+            predictions = [{"mask": task.mask_of(decoded, (image.height, image.width))} for decoded, image in both]
+        else:
+            predictions = [task.predict(decoded_N, labels, thresholds, top) for decoded_N in decoded_BN.tolist()]
         if routing and weights_BLK is not None:
             for each, weights_LK in zip(predictions, weights_BLK, strict=True):
                 each["routing"] = weights_LK
@@ -264,11 +276,12 @@ def predict_pairs(
     top: int | None = None,
     routing: bool = False,
     strict: bool = False,
+    masks: MaskWriter | None = None,
 ) -> Iterator[Prediction]:
     """A prediction for each pair, in their order; ``{"id", "error": {...}}`` for an invalid pair.
 
     Args:
-        batch: pairs in one forward pass.
+        batch: pairs in one forward pass. masks: writes predicted masks to files; None for masks in the predictions.
 
     Raises:
         MopefuseError: with `strict`, the error of the first invalid pair.
@@ -281,7 +294,16 @@ def predict_pairs(
         for pair in group:
             if pair.error is not None and strict:
                 raise pair.error
-            yield {"id": pair.id, **({"error": pair.error.as_dict()} if pair.error is not None else next(predictions))}
+            found: Prediction = {"error": pair.error.as_dict()} if pair.error is not None else next(predictions)
+            if masks is not None and "mask" in found:
+                found["mask"] = masks.write(pair.id, pair.values[IMAGE], found["mask"])
+            yield {"id": pair.id, **as_json(found)}
+
+
+def as_json(prediction: Prediction) -> Prediction:
+    """A prediction as JSON can hold it: a mask as runs, see `mopefuse.modalities.masks.encode_runs`."""
+    mask = prediction.get("mask")
+    return {**prediction, "mask": encode_runs(mask)} if isinstance(mask, np.ndarray) else prediction
 
 
 # -- writing predictions

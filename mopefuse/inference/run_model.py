@@ -13,6 +13,7 @@ from mopefuse.core import device as devices
 from mopefuse.modalities.base import to_arguments
 from mopefuse.runs.load import load_model
 from mopefuse.runs.locate import find_run
+from mopefuse.tasks.base import Array
 
 
 class RunModel:
@@ -36,7 +37,7 @@ class RunModel:
         self.thresholds: Sequence[float] = [thresholds] * len(self.labels) if isinstance(thresholds, float) else thresholds
 
     @torch.no_grad()
-    def predict_decoded(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
+    def predict_decoded(self, values: Mapping[str, Sequence[Any]]) -> tuple[Array, list[Any] | None]:
         """Decoded outputs (B, N) and routing; see `mopefuse.inference.predict.Model`."""
         devices.flush_denormals(self.device)
         batch = self.fusion.collate(**to_arguments(values)).to(self.device)
@@ -44,4 +45,4 @@ class RunModel:
             output = self.fusion(batch)
         decoded_BN = self.task.decode(output.logits_BN.float().cpu().numpy())
         routing = None if output.routing_BLK is None else output.routing_BLK.float().cpu().tolist()
-        return decoded_BN.tolist(), routing
+        return decoded_BN, routing

@@ -35,6 +35,7 @@ class FileInfo(NamedTuple):
         width, height: size of a picture, in pixels.
         milliseconds: time that decoding took.
         digest: digest of its content, 16 bytes.
+        ids: of a mask, which ids occur: 256 bits.
         code, what, fix: parts of the error; empty if the file can be read.
     """
 
@@ -45,6 +46,7 @@ class FileInfo(NamedTuple):
     animated: bool = False
     milliseconds: int = 0
     digest: bytes = b""
+    ids: bytes = b""
     code: str = ""
     what: str = ""
     fix: str = ""

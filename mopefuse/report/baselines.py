@@ -97,7 +97,7 @@ def constant_score(data: DataSet, split: str, metric: str) -> tuple[str, float] 
 
     None if the training rows are not there.
     """
-    counts = data.splits["train"].labels.counts() if "train" in data.splits else {}
+    counts = data.sparse_targets("train").label_counts() if "train" in data.splits else {}
     if not counts:
         return None
     words, outputs_N = data.task.constant(counts, data.labels)
@@ -108,5 +108,6 @@ def constant_score(data: DataSet, split: str, metric: str) -> tuple[str, float] 
 def command_for(config: RunConfig) -> str:
     """The command that measures the simplest baseline on the data and with the encoders of a run."""
     comp = config.comp if isinstance(config.comp, str) else (config.comp or ("",))[0]
-    parts = ["mopefuse", "train", "--method", "linear", "--main", config.main, "--comp", comp]
+    rival = get_task(config.data.task or "single-label").rival
+    parts = ["mopefuse", "train", "--method", rival, "--main", config.main, "--comp", comp]
     return shlex.join([*parts, "--data", str(config.data.path or "DATA"), "--out", "RUN"])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mopefuse.config.schema import Data as DataConfig
 from mopefuse.errors import DataError
+from mopefuse.inference.mask_files import overlay
 from mopefuse.modalities.files import resolve_inside
 from mopefuse.modalities.image import open_image
+from mopefuse.modalities.masks import MASKS, resized
 from mopefuse.report.pages import thumbnail
 
 _SMALL = 64  # pixels; an image whose longer side is shorter is shown enlarged
@@ -28,13 +32,23 @@ class Picture:
     text: str = ""
 
 
-def picture(roots: Sequence[Path], name: str, *, max_pixels: int, place: str = "", text: str = "") -> Picture:
-    """A thumbnail of an image, or a description of its error; nothing outside `roots` is opened."""
+def picture(
+    roots: Sequence[Path], name: str, *, max_pixels: int, place: str = "", text: str = "", mask: str = ""
+) -> Picture:
+    """A thumbnail of an image, or a description of its error; nothing outside `roots` is opened.
+
+    Args:
+        mask: file of a mask that is shown on the image.
+    """
     try:
         image = open_image(roots, name, where=place, max_pixels=max_pixels)
     except DataError as error:
         return Picture(name, instead=error.what, place=place, text=text)
     sides = f"{image.width} x {image.height} pixels"
+    if mask:
+        with suppress(DataError):
+            ids = MASKS.read(mask, roots, where=place, config=DataConfig(max_pixels=max_pixels))
+            image = overlay(image, resized(ids, (image.height, image.width)), 256)
     return Picture(name, thumbnail(image), sides, max(image.size) < _SMALL, place=place, text=text)
 
 

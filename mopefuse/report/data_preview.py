@@ -51,7 +51,8 @@ def preview_page(
 
     def card(number: int) -> Card:
         row = read[number]
-        found = picture_of(row, roots, max_pixels=config.max_pixels)
+        mask = row.labels[0] if index.masks is not None else ""
+        found = picture_of(row, roots, max_pixels=config.max_pixels, mask=mask)
         whole = text_of(row)
         text, length = whole[:_MAX_CHARACTERS], len(whole)
         return Card(

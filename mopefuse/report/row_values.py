@@ -29,10 +29,12 @@ def other_files(row: Row) -> list[str]:
     ]
 
 
-def picture_of(row: Row, roots: Sequence[Path], *, max_pixels: int, place: str = "", text: str = "") -> Picture:
+def picture_of(
+    row: Row, roots: Sequence[Path], *, max_pixels: int, place: str = "", text: str = "", mask: str = ""
+) -> Picture:
     """The picture of a row; otherwise a description of its error, or the names of the row's other files."""
     name = picture_name(row)
     if name:
-        return picture(roots, name, max_pixels=max_pixels, place=place, text=text)
+        return picture(roots, name, max_pixels=max_pixels, place=place, text=text, mask=mask)
     files = ", ".join(other_files(row))
     return Picture(files, instead=files or "no picture", place=place, text=text)

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mopefuse.report import run_baselines, run_errors, run_missing, run_overview, run_routing, run_training, run_values
+from mopefuse.report import (
+    run_baselines,
+    run_errors,
+    run_masks,
+    run_missing,
+    run_overview,
+    run_routing,
+    run_training,
+    run_values,
+)
 from mopefuse.report.pages import Section, sections_page
 from mopefuse.report.run_data import RunFacts
+
+_PREDICTIONS = {"class": run_errors, "number": run_values, "mask": run_masks}
 
 
 def sections(facts: RunFacts) -> list[Section]:
@@ -17,7 +28,7 @@ def sections(facts: RunFacts) -> list[Section]:
         run_missing.missing(facts),
         run_overview.task(facts),
         run_training.resources(facts),
-        *(run_errors.sections(facts) if facts.task.is_classification else run_values.sections(facts)),
+        *_PREDICTIONS[facts.task.label_kind].sections(facts),
         run_training.training(facts),
         *run_routing.sections(facts),
     )

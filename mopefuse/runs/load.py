@@ -245,4 +245,7 @@ def with_labels(data: DataSet, manifest: Mapping[str, Any], split: str) -> DataS
     if data.task.name != task.name:
         what = f"the model was trained for the task {task}, and the labels are those of {data.task}"
         raise DataError(DataCode.MIXED_LABELS, what, where=split, fix="write the labels in the same form as in training")
-    return replace(data, labels=labels, task=task)
+    if task.label_kind == "mask" and len(data.labels) > len(labels):
+        what = f"masks have the class {data.labels[len(labels)]}, and the model was trained for {len(labels)} classes"
+        raise DataError(DataCode.UNKNOWN_LABEL, what, where=split, fix="use masks with the classes of the training data")
+    return replace(data, labels=labels, task=task.adapted_to(data.task))

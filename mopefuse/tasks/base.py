@@ -59,6 +59,8 @@ class Task(ABC):
         more_metrics: other metrics, which can select checkpoints and be quality gates, but have no confidence intervals.
         uses_thresholds: whether a threshold decides which labels are predicted, so that it can be tuned.
         label_kind: what a label is in the data: a class, a number, or the path of a mask.
+        output_axes: number of axes of the outputs (B, N, ...) of a model.
+        rival: the simplest method, with which others are compared.
         methods: the group of entry points with the fusion methods that can learn the task.
         linear_name: name of the linear model that is fitted in closed form.
     """
@@ -70,6 +72,8 @@ class Task(ABC):
     more_metrics: ClassVar[tuple[str, ...]] = ()
     uses_thresholds: ClassVar[bool] = False
     label_kind: ClassVar[Literal["class", "number", "mask"]] = "class"
+    output_axes: ClassVar[int] = 2
+    rival: ClassVar[str] = "linear"
     methods: ClassVar[str] = registry.FUSION
     linear_name: ClassVar[str] = "logistic regression"
 
@@ -107,6 +111,10 @@ class Task(ABC):
         Raises:
             ConfigError: a setting that has no meaning for the task. DataError: nothing can be learned from the targets.
         """
+        return self
+
+    def adapted_to(self, found: Task) -> Task:
+        """The same task for data other than those of training, whose labels are read as those of `found` are."""
         return self
 
     def outputs(self, labels: Sequence[str]) -> int:
@@ -219,7 +227,7 @@ class Task(ABC):
         """The best prediction that is the same for all samples, in words and as outputs (N,).
 
         Args:
-            counts: number of training rows with each label.
+            counts: number of training rows with each label, or of pixels of each class.
         """
 
     # -- predictions
