@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mopefuse.autofit.budget import Budget
 from mopefuse.autofit.candidates import CANDIDATES, NETWORKS, TRAINED
 from mopefuse.autofit.context import Context
@@ -26,8 +28,9 @@ from mopefuse.autofit.tryouts import train_leader, try_network, try_regressions,
 from mopefuse.config.recipe import parse_set
 from mopefuse.config.setting_paths import merge, nest
 from mopefuse.core import device as devices
-from mopefuse.errors import Interrupted
-from mopefuse.training.plan import prepare
+from mopefuse.core.error_codes import ConfigCode
+from mopefuse.errors import ConfigError, Interrupted
+from mopefuse.training.plan import Prepared, prepare
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _set_up(
     for line in (*choices, *lines):
         listener.on_notice(line)
     device = devices.resolve(values.get("device", "auto"))
-    prepared = prepare(CANDIDATES["linear-concat"].config(values), listener, device)
+    prepared = _prepared(values, listener, device)
     listener.on_phase("features of the frozen encoders", budget)
     features = compute_features(prepared, device, listener, budget)
     model = prepared.model
@@ -120,6 +123,21 @@ def _set_up(
         features=features,
         judge=Judge(features.task, features.targets, prepared.data.outputs),
     )
+
+
+def _prepared(values: dict[str, Any], listener: FitListener, device: torch.device) -> Prepared:
+    """Data and model of the simplest candidate.
+
+    Raises:
+        ConfigError: there is no such candidate for the task of the data.
+    """
+    try:
+        return prepare(CANDIDATES["linear-concat"].config(values), listener, device)
+    except ConfigError as error:
+        if error.code != ConfigCode.METHOD_OF_OTHER_TASK.text:
+            raise
+        what = "mopefuse fit tries methods for classes and numbers, and the labels are neither"
+        raise ConfigError(ConfigCode.FIT_OF_OTHER_TASK, what, where="fit", fix="use mopefuse train") from None
 
 
 def _try_all(context: Context) -> Leaderboard:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def show(run: str, found: Missing) -> None:
     """Print a row for each modality and share of the samples that lack it."""
-    name = next(key for key in ("accuracy", "f1_macro") if key in found.cells[0].metrics)
+    name = found.metric
     plain = next((cell.metrics[name] for cell in found.cells if not cell.missing), None)
     rows = []
     for cell in found.cells:

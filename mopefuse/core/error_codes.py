@@ -126,6 +126,7 @@ class ConfigCode(ErrorCode):
     SETTING_OF_OTHER_TASK = 400
     METHOD_OF_OTHER_TASK = 401
     MAIN_WITHOUT_GRID = 402
+    FIT_OF_OTHER_TASK = 403
 
 
 @unique

@@ -29,7 +29,8 @@ def make_key(digest: str, roots: Sequence[Path], config: DataConfig) -> str:
     Args:
         digest: see `Index.digest`. roots: folders that may contain files.
     """
-    return cache.make_key(VERSION, digest, config.on_missing, config.task == "segmentation", *(root.resolve() for root in roots))
+    masks = config.task == "segmentation"
+    return cache.make_key(VERSION, digest, config.on_missing, masks, *(root.resolve() for root in roots))
 
 
 def save(key: str, index: Index, roots: Sequence[Path]) -> None:

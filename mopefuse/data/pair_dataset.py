@@ -13,8 +13,8 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.argument_names import python_names
 from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.data.load import load_data
+from mopefuse.data.masks import MaskTargets
 from mopefuse.errors import ConfigError, DataError
-from mopefuse.tasks.regression import Regression
 
 
 class PairDataset(Dataset[dict[str, Any]]):
@@ -22,7 +22,8 @@ class PairDataset(Dataset[dict[str, Any]]):
 
     A row is ``{"id": str, "image": PIL.Image in RGB, "text": str, "label": int}``, with a key for each modality of the data;
     None for a modality that the row lacks. For multi-label data "label" is a list of indices, for regression a number or a
-    list of numbers. ``model.collate`` makes a batch of rows, also in data workers:
+    list of numbers, for segmentation a mask: the class of each pixel, uint8 (H, W), 255 where it does not count.
+    ``model.collate`` makes a batch of rows, also in data workers:
     ``DataLoader(dataset, batch_size=32, collate_fn=model.collate)``.
 
     Attributes:
@@ -82,8 +83,9 @@ class PairDataset(Dataset[dict[str, Any]]):
         self.split = self.data.splits[split]
         self.labels = _labels(labels, self.data.labels)
         self.task = self.data.task
-        if isinstance(self.task, Regression) and "train" in self.data.splits:
+        if self.task.label_kind != "class" and "train" in self.data.splits:
             self.task = self.task.with_statistics(self.data.sparse_targets("train").numbers())
+        self._masks = MaskTargets(self.split, self.data.image_roots, self.labels, self.task) if self.split.masks else None
         self._number = self._encode_labels()
 
     def _encode_labels(self) -> dict[str, Any]:
@@ -116,6 +118,8 @@ class PairDataset(Dataset[dict[str, Any]]):
             name: None if row.values[name] is None else self.data.read(self.split, row, name, self.config)
             for name in self.modalities
         }
+        if self._masks is not None:
+            return {"id": row.id, **values, "label": self._masks.classes(index)}
         return {"id": row.id, **values, "label": self.task.as_written([self._number[label] for label in row.labels])}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

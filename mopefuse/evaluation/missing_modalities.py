@@ -64,7 +64,7 @@ class Missing:
     """Metrics of a checkpoint on a split in which some samples lack a modality.
 
     Args:
-        step: step of the checkpoint; None for an adapter.
+        metric: the metric of the task. step: step of the checkpoint; None for an adapter.
         learned: whether samples lacked these modalities in training. A model that never saw such a sample replaces the
             missing features by those of an average sample.
         orders: kind to ids of the samples that can lose it, in the order in which they do. A cell removes as many as its
@@ -72,6 +72,7 @@ class Missing:
     """
 
     split: str
+    metric: str
     step: int | None
     seed: int
     learned: bool
@@ -127,6 +128,7 @@ def evaluate_missing(
     is_run = get_kind(folder) == "run"
     missing = Missing(
         split=split,
+        metric=opened.data.task.metric,
         step=opened.step,
         seed=seed,
         learned=trained_without.issuperset(name for kind in removal.kinds.values() for name in kind),

@@ -147,7 +147,7 @@ class Maker:
         found = f"{self.parity.max_difference:.2g}, in {self.parity.probes} probes"
         checks = {"largest difference of its logits from the model's": found}
         for when, metrics in (self.manifest.get("int8") or {}).items():
-            name = next(key for key in ("accuracy", "f1_macro") if key in metrics)
+            name = self.loaded.model.task.metric
             checks[f"validation {name} {when} 8-bit weights"] = f"{metrics[name]:.4f}"
         card = model_card(self.facts, title=self.name, form=self.form, checks=checks, command=self.command)
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -63,17 +63,18 @@ class DenseFusion(Fusion):
     whole_images: ClassVar[bool] = True
     supports_multiple_comps: ClassVar[bool] = True
     sections: ClassVar[tuple[str, ...]] = ("segmentation",)
-    parts: ClassVar[dict[str, str]] = {r"^head\.": "decoder", **Fusion.parts}
+    parts: ClassVar[dict[str, str]] = {r"^decoder\.": "decoder", **Fusion.parts}
     dependencies: ClassVar[dict[str, str]] = {
         **Fusion.dependencies,
-        r"^head\.(norms|levels)\.": "main",
-        r"^head\.features\.(\w+)\.": r"\1 features",
+        r"^decoder\.(norms|levels)\.": "main",
+        r"^decoder\.features\.(\w+)\.": r"\1 features",
     }
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
         self.set_up_decoder(num_labels)
         self.frozen = self.uses[1:]
+        self.prefix_layers = {"main": self.levels[0]} if self.levels else {}
         self.add_missing_embeddings([side for side in self.optional_sides if side != "main"])
 
     def set_up_decoder(self, num_labels: int) -> None:
@@ -93,12 +94,17 @@ class DenseFusion(Fusion):
             raise ConfigError(ConfigCode.LAYER_OUT_OF_RANGE, what, where="segmentation.layers", fix="use layers in this range")
         widths = [*(main.widths[layer] for layer in self.levels), main.require_tokens(fix="use a ViT as --main")]
         features = {side: self.encoder(side).feature_width for side in self.uses[1:]}
-        self.head = DECODERS[settings.decoder](settings, widths, features, num_labels)
+        self.head = nn.Identity()
+        self.decoder = DECODERS[settings.decoder](settings, widths, features, num_labels)
 
     @property
     def heads(self) -> dict[str, tuple[str, ...]]:
-        """The decoder takes all sides."""
-        return {"head": self.uses}
+        """None: a decoder takes the place of a head on pooled features."""
+        return {}
+
+    def learning_rate_group(self, name: str) -> str:
+        """See `Fusion.learning_rate_group`; a decoder learns as a head does."""
+        return "head" if name.startswith(("decoder.", "place_readers.")) else super().learning_rate_group(name)
 
     def encode_main(self, batch: Batch, prompt_at: PromptAt | None = None) -> tuple[Tap, EncoderOutput]:
         """Run the main encoder, and keep the tokens that the decoder takes."""
@@ -129,10 +135,10 @@ class DenseFusion(Fusion):
 
     def decode(self, maps_BgGD: Sequence[Tensor], features_BC: Mapping[str, Tensor]) -> Tensor:
         """Maps (B, N, h, w) of the decoder, in float32."""
-        own = weight_type(self.head)
+        own = weight_type(self.decoder)
         with torch.autocast(maps_BgGD[0].device.type, enabled=False):
             levels = [level.to(own) for level in maps_BgGD]
-            maps: Tensor = self.head(levels, {side: feature_BC.to(own) for side, feature_BC in features_BC.items()})
+            maps: Tensor = self.decoder(levels, {side: feature_BC.to(own) for side, feature_BC in features_BC.items()})
         return maps
 
 
@@ -212,7 +218,7 @@ class DenseConditional(DenseFusion, ConditionalFusion):
     """
 
     sections: ClassVar[tuple[str, ...]] = ("segmentation", "prompts", "router", "comp_tuning")
-    parts: ClassVar[dict[str, str]] = {r"^head\.": "decoder", **ConditionalFusion.parts}
+    parts: ClassVar[dict[str, str]] = {r"^decoder\.": "decoder", **ConditionalFusion.parts}
     dependencies: ClassVar[dict[str, str]] = {**ConditionalFusion.dependencies, **DenseFusion.dependencies}
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
@@ -229,7 +235,7 @@ class DenseConditional(DenseFusion, ConditionalFusion):
     def resolve(cls, config: RunConfig, encoders: Mapping[str, Encoder]) -> RunConfig:
         """Fill in the defaults of prompts and router, and switch off what only a classifier has."""
         prompts = config.prompts.model_copy(update={"token_dropout": 0.0})
-        own = {"prompts": prompts, "head_features": "main", "head_hidden": 0, "warm_start": "none"}
+        own = {"prompts": prompts, "head_features": "main", "head_hidden": 0, "head_dropout": None, "warm_start": "none"}
         return super().resolve(config.model_copy(update=own), encoders)
 
     def forward(self, batch: Batch) -> Output:

@@ -39,7 +39,7 @@ def sections(facts: RunFacts) -> list[Section]:
     found = (
         _usage(facts, routing_SLK),
         _over_training(facts, layer),
-        _classes(facts, routing_SLK, layer),
+        _classes(facts, routing_SLK, layer) if facts.task.is_classification else None,
         _specialists(facts, routing_SLK[:, layer], layer),
     )
     present = [section for section in found if section is not None]

@@ -27,6 +27,7 @@ from mopefuse.config.schema import WITHOUT_EFFECT
 from mopefuse.core.artifact import FORMAT, dump_json, read_json
 from mopefuse.core.atomic_files import remove_leftovers, write_atomically
 from mopefuse.core.error_codes import ConfigCode, ResourceCode
+from mopefuse.data.base import DataSet
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, Interrupted, MopefuseError, ResourceError
 from mopefuse.fusion.build import build_model
@@ -81,20 +82,20 @@ def count_trainable(cells: Sequence[Cell]) -> dict[str, int | str]:
         know: of ``tiny:`` encoders on data that can be read.
     """
     found: dict[str, int | str] = {}
-    label_counts: dict[str, int] = {}  # by data settings; 0 if the data cannot be read
+    data_of: dict[str, DataSet | None] = {}  # by data settings; None if the data cannot be read
     for cell in cells:
         config = cell.config
         if cell.label in found or not all(spec.startswith("tiny:") for spec in specs(config).values()):
             continue
         data_settings = config.data.model_dump_json()
-        if data_settings not in label_counts:
+        if data_settings not in data_of:
             try:
-                label_counts[data_settings] = len(load_data(config.data).labels)
+                data_of[data_settings] = load_data(config.data)
             except MopefuseError:
-                label_counts[data_settings] = 0
+                data_of[data_settings] = None
         try:
-            if label_counts[data_settings]:
-                found[cell.label] = sum(build_model(config, label_counts[data_settings]).breakdown().values())
+            if (data := data_of[data_settings]) is not None:
+                found[cell.label] = sum(build_model(config, data.outputs, data.task).breakdown().values())
         except MopefuseError as error:
             found[cell.label] = str(error)
     return found

@@ -113,6 +113,14 @@ class Task(ABC):
         """
         return self
 
+    def with_statistics(self, numbers: Array) -> Task:
+        """The same task with what it needs of the training labels.
+
+        Args:
+            numbers: see `TrainingTargets.numbers`.
+        """
+        return self
+
     def adapted_to(self, found: Task) -> Task:
         """The same task for data other than those of training, whose labels are read as those of `found` are."""
         return self

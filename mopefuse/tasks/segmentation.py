@@ -89,15 +89,24 @@ class Segmentation(Task):
         return cls((height, width), ignored=ignored, foreground=foreground, names=names, dice=dice)
 
     def fitted(self, targets: TrainingTargets, config: RunConfig) -> Segmentation:
-        """The same task with the size at which masks are compared: of most masks, but at most `LARGEST`."""
+        """The same task with the size at which masks are compared, and the loss."""
         if config.train.class_weights == "balanced":
             what = "labels are masks, and classes of pixels cannot be balanced"
             raise ConfigError(ConfigCode.SETTING_OF_OTHER_TASK, what, where="--class-weights", fix="remove --class-weights")
-        sizes, counts = np.unique(targets.numbers(), axis=0, return_counts=True)
+        how = config.segmentation
+        task = self.changed_to(size=how.size) if how.size else self.with_statistics(targets.numbers())
+        return task.changed_to(dice=how.dice)
+
+    def with_statistics(self, numbers: Array) -> Segmentation:
+        """The same task with the size of most masks, but at most `LARGEST`.
+
+        Args:
+            numbers: height and width of each mask (S, 2).
+        """
+        sizes, counts = np.unique(numbers, axis=0, return_counts=True)
         height, width = sizes[counts.argmax()].tolist()
         scale = min(1.0, LARGEST / max(height, width))
-        usual = (max(1, round(scale * height)), max(1, round(scale * width)))
-        return self.changed_to(size=config.segmentation.size or usual, dice=config.segmentation.dice)
+        return self.changed_to(size=(max(1, round(scale * height)), max(1, round(scale * width))))
 
     def adapted_to(self, found: Task) -> Segmentation:
         """The same task for other data, whose masks may use other ids for the object and for pixels that do not count."""

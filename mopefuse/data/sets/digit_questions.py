@@ -215,16 +215,27 @@ def check_counts(counts: dict[str, int], seed: int) -> dict[str, int]:
     return counts
 
 
+def values_of(content: Split) -> Array:
+    """The values 0..16 of the digits (N, 4, 8, 8)."""
+    values: Array = _uci()[0][content.samples_N4]
+    return values
+
+
+def write_images(folder: Path, split: str, content: Split) -> None:
+    """Write the images of a split, ``images/<split>/<number>.png``."""
+    images = folder / "images" / split
+    images.mkdir(parents=True)
+    for number, pixels in enumerate(paint(values_of(content), content.colours_N4)):
+        Image.fromarray(pixels).save(images / f"{number:06d}.png")
+
+
 def write_split(folder: Path, split: str, content: Split, label_of: Callable[[Split, Question], Any]) -> None:
     """Write the images and the table of a split.
 
     Args:
         label_of: returns the label of a question as JSON takes it.
     """
-    images = folder / "images" / split
-    images.mkdir(parents=True)
-    for number, pixels in enumerate(paint(_uci()[0][content.samples_N4], content.colours_N4)):
-        Image.fromarray(pixels).save(images / f"{number:06d}.png")
+    write_images(folder, split, content)
     with open(folder / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as lines:
         for number, question in enumerate(content.questions):
             row = {
