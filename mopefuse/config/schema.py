@@ -158,7 +158,7 @@ class Data(Section):
     labels: str | None = Field(
         None, description="file with all labels, one per line; default: labels.txt in the data folder, or the labels of train"
     )
-    ignore_index: int = Field(255, ge=0, le=255, description="id of the pixels in masks that do not count")
+    ignore_index: int = Field(255, ge=0, le=255, description="id of the pixels in masks that do not count; 255 never does")
     fold_labels: bool = Field(False, description="treat labels that differ only in case, spaces or Unicode form as one")
     allow_odd_labels: bool = Field(False, description="accept suspicious labels, such as lists in cells")
     val_fraction: float | None = Field(None, gt=0, lt=1, description="fraction of train to hold out as val, per class")

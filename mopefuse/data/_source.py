@@ -45,6 +45,7 @@ class Source(ABC):
         published: number of rows by split, or by a sum of splits (``train+val``), and who published it.
         declared_options: the options that it takes; on the command line they are ``--<name>``.
         labels: in their order, if the data set has a fixed list; written to labels.txt.
+        label_is_mask: whether the label of a row is the name of a mask in the source, and `labels` are the names of its ids.
         splits: that `rows` can read. Without "val", the option ``val`` is the number of rows of "train" to hold out.
         folder: the source folder.
         given: the options that the user gave.
@@ -57,8 +58,9 @@ class Source(ABC):
     layout: ClassVar[str]
     published: ClassVar[Mapping[str, tuple[int, str]]] = {}
     declared_options: ClassVar[tuple[Option, ...]] = ()
-    labels: ClassVar[tuple[str, ...]] = ()
-    splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
+    labels: tuple[str, ...] = ()
+    label_is_mask: ClassVar[bool] = False
+    splits: tuple[str, ...] = ("train", "val", "test")
 
     def __init__(self, folder: SourceFolder, options: Mapping[str, Any]) -> None:
         """Check that the files exist; rows are not read yet.

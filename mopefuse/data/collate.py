@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mopefuse.config.schema import Data as DataConfig
-from mopefuse.core.error_codes import ResourceCode
+from mopefuse.core.error_codes import ConfigCode, ResourceCode
 from mopefuse.data.base import Batch, DataSet, Row
 from mopefuse.data.image_cache import Pictures, pictures
+from mopefuse.data.masks import MaskTargets
 from mopefuse.encoders.base import Preprocess
-from mopefuse.errors import MopefuseError, ResourceError
+from mopefuse.errors import ConfigError, MopefuseError, ResourceError
 from mopefuse.modalities.base import get_modality
+from mopefuse.modalities.masks import resized
 
 Key = tuple[int, int]  # (epoch, index)
 Readers = Mapping[str, tuple[str, Preprocess]]  # side -> (modality, preprocess)
@@ -85,6 +87,10 @@ class Samples(Dataset[dict[str, Any]]):
             for side, (modality, preprocess) in self.readers.items()
             if training and config.augment != "none" and get_modality(modality).is_picture
         }
+        self.augmented_masks = self.targets if isinstance(self.targets, MaskTargets) and "main" in self.changes else None
+        if self.augmented_masks is not None and config.augment == "randaugment":
+            what = "masks cannot follow all changes that randaugment makes to an image"
+            raise ConfigError(ConfigCode.SETTING_OF_OTHER_TASK, what, where="data.augment", fix="use data.augment=crop or flip")
 
     def cache_images(self, advance: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Read decoded and resized images from the cache from now on, see `mopefuse.data.image_cache`."""
@@ -101,7 +107,8 @@ class Samples(Dataset[dict[str, Any]]):
             unread = [side for side in self.readers if side not in self.pictures]
             row = self.split.rows[index] if unread else None
             absent = {side: self.is_missing(side, epoch, index) for side in self.lacking}
-            return {"index": index, "absent": absent} | {side: self.value(side, epoch, index, row) for side in self.readers}
+            found = {"index": index, "absent": absent} | {side: self.value(side, epoch, index, row) for side in self.readers}
+            return found if self.augmented_masks is None else {**found, "mask": self.augmented_mask(epoch, index)}
         except MopefuseError as error:  # a worker would turn the exception into text; a value arrives unchanged
             return {"error": error}
 
@@ -133,6 +140,18 @@ class Samples(Dataset[dict[str, Any]]):
                 reduced = np.asarray(self.changes[side](Image.fromarray(reduced)))
         return preprocess.ready(reduced)
 
+    def augmented_mask(self, epoch: int, index: int) -> Tensor:
+        """The mask (H, W) of a sample, changed as its main image is."""
+        from torchvision.tv_tensors import Mask
+
+        assert self.augmented_masks is not None
+        classes = self.augmented_masks.classes(index)
+        height, width = self.readers["main"][1].describe()["size"]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed(self.seed, epoch, index))
+            changed = self.changes["main"](Mask(torch.from_numpy(resized(classes, (height, width)))))
+        return torch.from_numpy(resized(changed.numpy(), classes.shape))
+
     def batch(self, items: Sequence[dict[str, Any]]) -> Batch | MopefuseError:
         """Combine samples into one batch; returns the error if one of them could not be read."""
         for item in items:
@@ -146,7 +165,9 @@ class Samples(Dataset[dict[str, Any]]):
         tokens = {side: table[index_B] for side, table in self.tokens.items()}
         prefixes = {side: _pad_like(inputs[side], table[index_B]) for side, table in self.prefixes.items()}
         missing = {side: torch.tensor([item["absent"][side] for item in items]) for side in self.lacking}
-        return Batch(inputs, features, self.targets[index_B], index_B, missing, prefixes, tokens)
+        changed = [item["mask"] for item in items if "mask" in item]
+        targets = torch.stack(changed) if changed else self.targets[index_B]
+        return Batch(inputs, features, targets, index_B, missing, prefixes, tokens)
 
     def batches(self, keys: Iterable[Sequence[Key]], *, pin: bool = False) -> Iterator[Batch]:
         """Yield a batch for each item of `keys`, read in the main process or in `data.workers` worker processes.
@@ -199,7 +220,7 @@ def blank_input(modality: str, preprocess: Preprocess) -> Any:
     return preprocess.ready(preprocess.reduce(get_modality(modality).blank_value()))
 
 
-def augmentation(config: DataConfig, size: tuple[int, int]) -> Callable[[Image.Image], Image.Image]:
+def augmentation(config: DataConfig, size: tuple[int, int]) -> Callable[[Any], Any]:
     """Build the augmentation of `data.augment`, which must not be none; it draws from torch's global generator.
 
     Args:
@@ -214,7 +235,7 @@ def augmentation(config: DataConfig, size: tuple[int, int]) -> Callable[[Image.I
             [v2.RandomResizedCrop(size, scale=(config.crop_scale, 1.0), antialias=True), v2.RandomHorizontalFlip()]
         ),
     }
-    change: Callable[[Image.Image], Image.Image] = changes[config.augment]()
+    change: Callable[[Any], Any] = changes[config.augment]()
     return change
 
 

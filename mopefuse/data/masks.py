@@ -49,7 +49,8 @@ def find_classes(parts: Parts, root: Path, config: DataConfig) -> tuple[Segmenta
     names = read_labels_file(listed, fold=config.fold_labels) if listed is not None else ()
     if not names and known == {0, IGNORED} and config.ignore_index == IGNORED:
         return Segmentation(foreground=IGNORED), OBJECT
-    known -= {config.ignore_index}
+    ignored = {config.ignore_index, IGNORED}
+    known -= ignored
     if not names and known <= {0, 1}:
         return Segmentation(ignored=config.ignore_index, foreground=1), OBJECT
     if names and max(known, default=0) >= len(names):
@@ -58,7 +59,7 @@ def find_classes(parts: Parts, root: Path, config: DataConfig) -> tuple[Segmenta
         raise DataError(DataCode.CLASS_NOT_LISTED, what, where=str(root), fix=fix)
     names = names or tuple(map(str, range(max(known, default=0) + 1)))
     for split, found in ids.items():
-        if unknown := sorted(one for one in found - {config.ignore_index} if one >= len(names)):
+        if unknown := sorted(one for one in found - ignored if one >= len(names)):
             what, fix = f"masks of {split} have the id {unknown[0]}, which those of train do not have", "correct the masks"
             raise DataError(DataCode.CLASS_NOT_LISTED, what, where=split, fix=fix)
     if listed is not None and _texts_name_classes(parts, names):

@@ -158,7 +158,8 @@ class _Build:
                     self._skip(skip, skips)
                 elif isinstance(found, Sample):
                     table.write(_line(found))
-                    self.labels.update([found.label] if isinstance(found.label, str) else found.label)
+                    if not self.reader.label_is_mask:
+                        self.labels.update([found.label] if isinstance(found.label, str) else found.label)
                     if held_out:
                         self.training.append((found.id, str(found.label)))
                     kept += 1
@@ -188,6 +189,8 @@ class _Build:
             self.images[sample.img] = self.reader.folder.path(sample.img)
         if self.images[sample.img] is None:
             return Skip("no image", sample.file, sample.line)
+        if self.reader.label_is_mask and isinstance(sample.label, str) and sample.label not in self.images:
+            self.images[sample.label] = self.reader.folder.path(sample.label)
         self.ids.add(sample.id)
         return None
 

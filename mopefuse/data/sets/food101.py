@@ -40,7 +40,7 @@ class Food101(Source):
         Option("val", 5000, "Rows to hold out as val; if it is not given and there are few rows, a fifth of them.", minimum=1),
         Option("seed", 0, "Random seed of the held-out rows.", minimum=0),
     )
-    splits: ClassVar[tuple[str, ...]] = ("train", "test")
+    splits = ("train", "test")
 
     def __init__(self, folder: SourceFolder, options: Mapping[str, Any]) -> None:
         """See `Source`."""

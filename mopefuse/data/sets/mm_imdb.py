@@ -38,7 +38,7 @@ class MMIMDb(Source):
         "val": (2_608, _AUTHOR),
         "test": (7_799, _AUTHOR),
     }
-    labels: ClassVar[tuple[str, ...]] = GENRES
+    labels = GENRES
 
     def __init__(self, folder: SourceFolder, options: Mapping[str, Any]) -> None:
         """See `Source`. Reads split.json."""

@@ -81,7 +81,7 @@ class SNLIVE(Source):
         "test": (17_901, _AUTHOR),
     }
     declared_options: ClassVar[tuple[Option, ...]] = (Option("premise", False, "Put the caption before the hypothesis."),)
-    labels: ClassVar[tuple[str, ...]] = LABELS
+    labels = LABELS
 
     def __init__(self, folder: SourceFolder, options: Mapping[str, Any]) -> None:
         """See `Source`."""
