@@ -70,7 +70,7 @@ def test_a_shipped_recipe_is_found_by_its_name() -> None:
         ({"prompts": {"expert": 1}}, "prompts.expert", "prompts.experts?"),
         ({"router": {"topm": 1}}, "router.topm", "router.top_m?"),
         ({"lr": 1}, "lr", "train.lr?"),
-        ({"layers": 1}, "layers", "prompts.layers, pmf.layers?"),
+        ({"layers": 1}, "layers", "prompts.layers, pmf.layers, segmentation.layers?"),
         ({"epoch": 1}, "epoch", "train.epochs?"),
     ],
 )

@@ -164,13 +164,16 @@ MAY_NAME_THEM = {  # modalities are data: all other modules use `mopefuse.modali
     "data.findings": "the key of --json output that names a file",
     "cli.predict": "--image and --text",
     "fusion._text_and_image": "methods that are defined for an image and a text",
-    **dict.fromkeys(("data.sets.food101", "data.prepare", "data.sets.digit_questions"), "written in the native format"),
-    **dict.fromkeys(("data.sets.photo_grids", "cli._prepare_display", "bench.loader"), "written in the native format"),
+    **dict.fromkeys(
+        ("data.sets.food101", "data.prepare", "data.sets.digit_questions", "data.sets.digit_masks", "data.sets.photo_grids",
+         "cli._prepare_display", "bench.loader"),
+        "written in the native format",
+    ),
     **dict.fromkeys(
         ("export.bundle_maker", "inference.bundle_manifest", "export.graph", "inference.bundle", "export.verify"),
         "the format of bundles, whose inputs are pixels and tokens",
     ),
-    **dict.fromkeys(("report.run_errors", "report.run_routing", "report.run_data"), "a key of a template"),
+    **dict.fromkeys(("report.run_errors", "report.run_routing", "report.run_data", "report.run_masks"), "a key of a template"),
     "report.themes": "a kind of mark in charts",
     "training.demo": "the two baselines of the demo",
 }

@@ -152,8 +152,7 @@ class Data(Section):
     task: str | None = Field(
         None,
         min_length=1,
-        description="what a label is: single-label, multi-label, regression or segmentation; default: inferred from the labels "
-        "of train",
+        description="single-label, multi-label, regression or segmentation; default: inferred from the labels of train",
     )
     labels: str | None = Field(
         None, description="file with all labels, one per line; default: labels.txt in the data folder, or the labels of train"

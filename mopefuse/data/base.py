@@ -6,7 +6,6 @@ a layer.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data.labels import Labels, Targets
-from mopefuse.modalities.base import get_modality
+from mopefuse.modalities.base import digest, get_modality
 
 if TYPE_CHECKING:  # rows can be read without torch
     import torch
@@ -57,11 +56,6 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.where}{':' if self.file else ''} {self.what}"
-
-
-def digest(value: str) -> bytes:
-    """The 16 bytes that represent a value in `Split.keys` and `Split.loose_keys`."""
-    return hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
@@ -167,7 +161,7 @@ class DataSet:
         found = self.splits[split]
         if found.masks is None:
             return Targets(found.labels, self.labels, self.task)
-        from mopefuse.data.masks import MaskTargets
+        from mopefuse.data.mask_targets import MaskTargets
 
         return MaskTargets(found, self.image_roots, self.labels, self.task)
 

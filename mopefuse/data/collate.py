@@ -20,7 +20,7 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.error_codes import ConfigCode, ResourceCode
 from mopefuse.data.base import Batch, DataSet, Row
 from mopefuse.data.image_cache import Pictures, pictures
-from mopefuse.data.masks import MaskTargets
+from mopefuse.data.mask_targets import MaskTargets
 from mopefuse.encoders.base import Preprocess
 from mopefuse.errors import ConfigError, MopefuseError, ResourceError
 from mopefuse.modalities.base import get_modality

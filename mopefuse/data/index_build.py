@@ -19,7 +19,7 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core import cache
 from mopefuse.core.error_codes import DataCode
 from mopefuse.data import index_cache
-from mopefuse.data.base import SPLITS, Problem, digest
+from mopefuse.data.base import SPLITS, Problem
 from mopefuse.data.columns import Layout
 from mopefuse.data.index import FileValues, Index, InlineValues
 from mopefuse.data.labels import Labels, LabelsBuilder
@@ -196,8 +196,8 @@ class _ValuesBuilder:
         if self.modality.is_file:
             self.numbers.append(-1 if value is None else self.names.setdefault(value, len(self.names)))
             return
-        self.keys += _MISSING if value is None else digest(value)
-        self.loose_keys += _MISSING if value is None else digest(self.modality.normalise(value))
+        self.keys += _MISSING if value is None else modality.digest(value)
+        self.loose_keys += _MISSING if value is None else modality.digest(self.modality.normalise(value))
 
     def build(self) -> InlineValues | FileValues:
         """The values of all rows that were added; files have not been checked yet."""

@@ -14,24 +14,19 @@ from numpy.typing import NDArray
 
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.error_codes import DataCode
-from mopefuse.data.base import Split, digest
 from mopefuse.data.findings import Finding, finding_at, finding_of
 from mopefuse.data.index import Index
 from mopefuse.data.known_labels import labels_file, read_labels_file
-from mopefuse.data.labels import Targets
+from mopefuse.data.mask_targets import ids_by_digest, text_among
 from mopefuse.errors import DataError
-from mopefuse.modalities.base import get_modality
-from mopefuse.modalities.masks import MASKS, Mask, ids_in, resized
-from mopefuse.tasks.base import Task
+from mopefuse.modalities.base import get_modality, picture_among
+from mopefuse.modalities.masks import ids_in
 from mopefuse.tasks.segmentation import IGNORED, OBJECT, Segmentation
 
 if TYPE_CHECKING:  # rows can be read without torch
-    from torch import Tensor
+    pass
 
 Parts = Mapping[str, tuple[Index, NDArray[np.int64]]]
-_COUNTED = 500
-_KEPT = 512 * 2**20  # bytes of resized masks that are kept in memory
-_TEXT = "text"
 
 
 def find_classes(parts: Parts, root: Path, config: DataConfig) -> tuple[Segmentation, tuple[str, ...]]:
@@ -79,88 +74,20 @@ def _texts_name_classes(parts: Parts, names: Sequence[str]) -> bool:
     Raises:
         DataError: the texts of train are, and one of another split is not.
     """
-    known = _digests(names)
+    text = text_among([*next(iter(parts.values()))[0].values])
+    if not text:
+        return False
+    known = ids_by_digest(names, get_modality(text))
     for split in sorted(parts, key=lambda split: split != "train"):
         index, rows = parts[split]
-        if _TEXT not in index.values:
-            return False
-        unknown = [row for row in rows.tolist() if index.values[_TEXT].loose_keys()[row] not in known]
+        loose_keys = index.values[text].loose_keys()
+        unknown = [row for row in rows.tolist() if loose_keys[row] not in known]
         if unknown and (split == "train" or "train" not in parts):
             return False
         if unknown:
             what = f"the text of {len(unknown)} rows is not the name of a class, as those of train are"
             raise DataError(DataCode.TEXT_NOT_A_CLASS, what, where=index.place(unknown[0]), fix="write the name of a class")
     return True
-
-
-def _digests(names: Sequence[str]) -> dict[bytes, int]:
-    """The position of each name by the digest that a text equal to it has in `Split.loose_keys`."""
-    text = get_modality(_TEXT)
-    return {digest(text.normalise(name)).rstrip(b"\0"): number for number, name in enumerate(names)}
-
-
-class MaskTargets(Targets):
-    """The targets of a split: classes (B, H, W), read from mask files when they are accessed.
-
-    Args:
-        split: its labels are masks. roots: folders that may contain them. known: the classes. task: of a model, or of the
-            data set.
-    """
-
-    def __init__(self, split: Split, roots: Sequence[Path], known: Sequence[str], task: Task) -> None:
-        assert split.masks is not None and isinstance(task, Segmentation)
-        self.split, self.files, self.roots, self.segmentation = split, split.masks, roots, task
-        self._known, self._config = known, DataConfig.model_construct(max_pixels=10**12)  # files have been checked
-        self._kept: dict[int, Mask] = {}
-        self._bytes = 0
-        self._wanted_S: list[int] | None = None
-        if task.names:
-            number_of = _digests(task.names)
-            self._wanted_S = [number_of.get(key, -1) for key in split.loose_keys[_TEXT].tolist()]
-
-    def __len__(self) -> int:
-        return len(self.files.number_S)
-
-    def __getitem__(self, index_B: Tensor) -> Tensor:
-        """The targets of some rows."""
-        import torch
-
-        masks = [self.classes(row) for row in index_B.tolist()]
-        return torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *self.segmentation.size), np.uint8))
-
-    def classes(self, row: int) -> Mask:
-        """The target (H, W) of a row."""
-        wanted = None if self._wanted_S is None else self._wanted_S[row]
-        return self.segmentation.to_classes(self._ids(int(self.files.number_S[row]), row), wanted)
-
-    def _ids(self, number: int, row: int) -> Mask:
-        """The ids of a mask at the size of targets."""
-        if number in self._kept:
-            return self._kept[number]
-        where = self.split.where(self.split.rows[row])
-        ids: Mask = MASKS.read(self.files.names[number], self.roots, where=where, config=self._config)
-        ids = resized(ids, self.segmentation.size) if self.segmentation.size else ids
-        if self._bytes + ids.nbytes <= _KEPT:
-            self._kept[number], self._bytes = ids, self._bytes + ids.nbytes
-        return ids
-
-    def dense(self) -> Tensor:
-        """The targets of all rows."""
-        import torch
-
-        return self[torch.arange(len(self))]
-
-    def label_counts(self) -> dict[str, int]:
-        """Count the pixels of each class, of at most `_COUNTED` masks that are evenly spaced."""
-        rows = np.unique(np.linspace(0, len(self) - 1, min(len(self), _COUNTED)).astype(int)).tolist()
-        counts = sum(np.bincount(self.classes(row).ravel(), minlength=256) for row in rows)
-        return dict(zip(self._known, np.asarray(counts).tolist(), strict=False))
-
-    def numbers(self) -> NDArray[np.int64]:
-        """Height and width of each mask (S, 2), in pixels."""
-        sides = np.array([(info.height, info.width) for info in self.files.infos], dtype=np.int64).reshape(-1, 2)
-        found: NDArray[np.int64] = sides[self.files.number_S]
-        return found
 
 
 def find_mask_problems(
@@ -192,12 +119,13 @@ def count_classes(indexes: Mapping[str, Index], labels: Sequence[str]) -> dict[s
 
 def _odd_shapes(index: Index) -> Iterator[Finding]:
     """Yield a finding for each mask whose ratio of sides is not that of its image."""
-    image, masks = index.files.get("image"), index.masks
-    if image is None or masks is None:
+    picture, masks = picture_among([*index.values]), index.masks
+    if not picture or masks is None:
         return
+    images = index.files[picture]
     for row in index.good().tolist():
-        picture, mask = image.infos[image.number_S[row]], masks.infos[masks.number_S[row]]
-        if abs(picture.width * mask.height - picture.height * mask.width) > max(picture.width, picture.height):
+        image, mask = images.infos[images.number_S[row]], masks.infos[masks.number_S[row]]
+        if abs(image.width * mask.height - image.height * mask.width) > max(image.width, image.height):
             name = masks.names[masks.number_S[row]]
-            sides = f"{mask.width} x {mask.height} pixels, and the image {picture.width} x {picture.height}"
+            sides = f"{mask.width} x {mask.height} pixels, and the image {image.width} x {image.height}"
             yield finding_at(index, row, "mask-of-other-shape", f"{name} has {sides}", image=name)

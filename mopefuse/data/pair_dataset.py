@@ -13,7 +13,7 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.argument_names import python_names
 from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.data.load import load_data
-from mopefuse.data.masks import MaskTargets
+from mopefuse.data.mask_targets import MaskTargets
 from mopefuse.errors import ConfigError, DataError
 
 

@@ -36,7 +36,6 @@ from mopefuse.tasks.base import Array, Task
 from mopefuse.tasks.segmentation import Segmentation
 
 Prediction = dict[str, Any]
-IMAGE = "image"
 
 
 class Model(Protocol):
@@ -103,7 +102,8 @@ class Predictor:
         _require(values, self.model)
         task, labels, thresholds = self.model.task, self.model.labels, self.model.thresholds
         if isinstance(task, Segmentation):
-            values = {**values, IMAGE: modality.prepare_values(IMAGE, values[IMAGE])}  # their sizes are needed
+            picture = modality.picture_among(self.model.modalities)
+            values = {**values, picture: modality.prepare_values(picture, values[picture])}  # their sizes are needed
         decoded_BN, weights_BLK = self.model.predict_decoded(values)
         if not np.isfinite(decoded_BN).all():
             raise NumericError(
@@ -112,7 +112,7 @@ class Predictor:
                 fix="train again, or use a different --checkpoint",
             )
         if isinstance(task, Segmentation):
-            both = zip(decoded_BN, values[IMAGE], strict=True)
+            both = zip(decoded_BN, values[picture], strict=True)
             predictions = [{"mask": task.mask_of(decoded, (image.height, image.width))} for decoded, image in both]
         else:
             predictions = [task.predict(decoded_N, labels, thresholds, top) for decoded_N in decoded_BN.tolist()]
@@ -296,7 +296,7 @@ def predict_pairs(
                 raise pair.error
             found: Prediction = {"error": pair.error.as_dict()} if pair.error is not None else next(predictions)
             if masks is not None and "mask" in found:
-                found["mask"] = masks.write(pair.id, pair.values[IMAGE], found["mask"])
+                found["mask"] = masks.write(pair.id, pair.values[modality.picture_among(pair.values)], found["mask"])
             yield {"id": pair.id, **as_json(found)}
 
 

@@ -7,6 +7,7 @@ encoder of it is created.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -99,6 +100,16 @@ class Modality:
             patch_size: in pixels. width: width of the encoder.
         """
         return 0.3
+
+
+def digest(value: str) -> bytes:
+    """The 16 bytes that represent a value in `Split.keys` and `Split.loose_keys`."""
+    return hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def picture_among(names: Iterable[str]) -> str:
+    """The first modality of pictures; empty if there is none."""
+    return next((name for name in names if get_modality(name).is_picture), "")
 
 
 def get_modality(name: str) -> Modality:

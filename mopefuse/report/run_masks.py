@@ -15,6 +15,7 @@ from torch import Tensor
 from mopefuse.core.formatting import percent
 from mopefuse.inference.mask_files import overlay, palette
 from mopefuse.metrics.names import write_metric
+from mopefuse.modalities.base import picture_among
 from mopefuse.report.pages import Section, fragment, thumbnail
 from mopefuse.report.run_data import RunFacts
 from mopefuse.tasks.segmentation import IGNORED, Segmentation
@@ -72,10 +73,9 @@ def _card(facts: RunFacts, number: int) -> dict[str, Any]:
     true = facts.targets[number]
     predicted = task.classes(facts.logits_SN[number : number + 1], true[None])[0].byte().numpy()
     row, split = facts.row(number), facts.data.splits[facts.split]
-    modality = next(name for name in facts.data.modalities if name == "image")
-    image = facts.data.read(split, row, modality, facts.config.data)
+    image = facts.data.read(split, row, picture_among(facts.data.modalities), facts.config.data)
     shown = image.resize(_shown_size(image), Image.Resampling.NEAREST if max(image.size) < _SIDE else Image.Resampling.BICUBIC)
-    pictures = [("image", thumbnail(shown))]
+    pictures = [("as it is", thumbnail(shown))]
     for name, mask in (("predicted", predicted), ("true", np.where(true.numpy() == IGNORED, 0, true.numpy()))):
         large = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(shown.size, Image.Resampling.NEAREST))
         pictures.append((name, thumbnail(overlay(shown, large, len(facts.labels)))))
