@@ -36,8 +36,8 @@ HEADER = ("Paper:", "Data:", "Hardware:", "Time:", "Expected:", "Command:")
 
 
 def test_all_recipes_are_found() -> None:
-    assert len(RECIPES) == 7
-    assert len(STUDIES) == 12
+    assert len(RECIPES) == 9
+    assert len(STUDIES) == 13
 
 
 @pytest.mark.parametrize("path", RECIPES + STUDIES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import call, code_of
+from conftest import call, code_of, ranks
 from PIL import Image
 from run_cases import check_eval_report_and_export
 from sklearn import metrics as sk
@@ -33,7 +33,7 @@ METHODS = ("conditional", "late-concat", "cross-attention", "main-only")
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digit-masks") / "data"
-    digit_masks.make(folder, train=48, val=12, test=16)
+    digit_masks.make(folder, train=48, val=11, test=17)
     return folder
 
 
@@ -402,6 +402,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(digits: Path, tmp_path: Path)
     )
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.process
+def test_two_processes_equal_one(digits: Path, tmp_path: Path) -> None:
+    plain = ("--set", "prompts.dropout=0", "--set", "router.noise=false", "--set", "segmentation.dropout=0")
+    how = ("train", *SPECS, "--data", digits, "--batch", "8", "--steps", "4", "--experts", "2", *plain)
+    for count in (1, 2):
+        done = ranks(count, *map(str, (*how, "--out", tmp_path / str(count))))
+        assert done.returncode == 0, done.stderr
+    one, two = ([json.loads(line) for line in (tmp_path / n / "predictions.jsonl").open()] for n in ("1", "2"))
+    assert [line["id"] for line in one] == [line["id"] for line in two] and len(one) == 17
+    metrics = [json.loads((tmp_path / n / "metrics.json").read_text())["metrics"]["test"] for n in ("1", "2")]
+    assert metrics[0] == pytest.approx(metrics[1], abs=0.02)
 
 
 def test_several_complementary_encoders_tokens_and_missing_texts(digits: Path, tmp_path: Path) -> None:

@@ -2,9 +2,8 @@
 
 `LinearDecoder` treats each place by itself; its last layer predicts a block of values for each token (pixel shuffle: Shi et
 al., https://arxiv.org/abs/1609.05158). `PyramidDecoder` is a light feature pyramid on a plain transformer (Lin et al., FPN,
-https://arxiv.org/abs/1612.03144; Li et al., ViTDet, https://arxiv.org/abs/2203.16527), with depthwise convolutions; unlike
-there, levels come from several layers. In both, the condition is added to the projected tokens ahead of a nonlinearity, which
-equals a linear layer on the concatenation of tokens and condition.
+https://arxiv.org/abs/1612.03144), whose levels come from several layers of it. In both, the condition is added to the projected
+tokens ahead of a nonlinearity, which equals a linear layer on the concatenation of tokens and condition.
 
 Shapes: B batch, g and G rows and columns of the grid of tokens, D width of a layer, C width of a feature, W width of the
 decoder, N classes, u values per token and side, h and w of a map.
@@ -64,28 +63,29 @@ class LinearDecoder(Decoder):
 
 
 class PyramidDecoder(Decoder):
-    """Merges the levels from the last to the first on ever finer grids, with a depthwise convolution after each merge."""
+    """Adds the levels from the last to the first on ever finer grids, with a separable convolution after each sum.
+
+    As in the feature pyramid of Lin et al., nothing between the levels and the sums is nonlinear.
+    """
 
     def __init__(self, settings: Settings, widths: Sequence[int], conditions: Mapping[str, int], classes: int) -> None:
         super().__init__(settings, widths, conditions, classes)
         width = settings.width
         self.mixers = nn.ModuleList(
-            nn.Sequential(
-                nn.GroupNorm(1, width), nn.Conv2d(width, width, 3, padding=1, groups=width), nn.Conv2d(width, width, 1)
-            )
-            for _ in widths
+            nn.Sequential(nn.Conv2d(width, width, 3, padding=1, groups=width), nn.Conv2d(width, width, 1)) for _ in widths
         )
         self.out = nn.Conv2d(width, classes, 1)
 
     def forward(self, maps_BgGD: Sequence[Tensor], features_BC: Mapping[str, Tensor]) -> Tensor:
         """Predict maps (B, N, h, w); with n levels of one grid, they are 2^(n-2) times as fine as it, at least as fine."""
-        levels = [F.gelu(level) for level in self.project(maps_BgGD, features_BC)][::-1]
-        merged = levels[0] + self.mixers[0](levels[0])
-        for number, (level, mixer) in enumerate(zip(levels[1:], list(self.mixers)[1:], strict=True)):
-            scale = 2 if number else 1
-            size = (max(scale * merged.shape[-2], level.shape[-2]), max(scale * merged.shape[-1], level.shape[-1]))
-            merged = _enlarged(merged, size) + _enlarged(level, size)
-            merged = merged + mixer(F.gelu(merged))
+        merged: Tensor | None = None
+        for number, (level, mixer) in enumerate(zip(self.project(maps_BgGD, features_BC)[::-1], self.mixers, strict=True)):
+            if merged is not None:
+                scale = 2 if number > 1 else 1
+                size = tuple(max(scale * mine, own) for mine, own in zip(merged.shape[-2:], level.shape[-2:], strict=True))
+                level = _enlarged(merged, size) + _enlarged(level, size)
+            merged = mixer(level)
+        assert merged is not None
         maps: Tensor = self.out(self.dropout(F.gelu(merged)))
         return maps
 

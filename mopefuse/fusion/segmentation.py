@@ -28,6 +28,8 @@ from mopefuse.fusion.conditional import ConditionalFusion
 from mopefuse.fusion.decoder import DECODERS
 from mopefuse.modalities.base import get_modality
 
+LR = 2e-3
+"""Default learning rate of a decoder; see "Digit masks" in docs/results.md."""
 _LEVELS = 4
 _MAX_LEADING = 16  # tokens ahead of the patches
 
@@ -76,6 +78,13 @@ class DenseFusion(Fusion):
         self.frozen = self.uses[1:]
         self.prefix_layers = {"main": self.levels[0]} if self.levels else {}
         self.add_missing_embeddings([side for side in self.optional_sides if side != "main"])
+
+    @classmethod
+    def resolve(cls, config: RunConfig, encoders: Mapping[str, Encoder]) -> RunConfig:
+        """Return `config` with the learning rate of a decoder, if none is given."""
+        config = super().resolve(config, encoders)
+        train = config.train if config.train.lr is not None else config.train.model_copy(update={"lr": LR})
+        return config.model_copy(update={"train": train})
 
     def set_up_decoder(self, num_labels: int) -> None:
         """Add the decoder, the first level of which is the earliest layer."""
