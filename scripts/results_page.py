@@ -4,7 +4,7 @@
 
 A table stands between two comments, ``<!-- table: NAME -->`` and ``<!-- end -->``, and is made from FOLDER/NAME: a study, or a
 folder of runs. Tables whose folder does not exist are left as they are. Runs that differ in their seed only are one row:
-accuracy as mean and sample standard deviation, the share of parameters that is trained, and minutes of training.
+the metric as mean and sample standard deviation, the share of parameters that is trained, and minutes of training.
 ``<!-- routing: NAME -->`` has what the runs logged about their experts instead.
 """
 
@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 from statistics import mean
 
+from mopefuse.metrics.names import write_number
 from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.compare import Comparison, Row, Spread, compare
 from mopefuse.studies.study_file import STUDY_FILE
@@ -22,15 +23,15 @@ from mopefuse.studies.study_file import STUDY_FILE
 TABLE = re.compile(r"(<!-- (table|routing): ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def percent(spread: Spread) -> str:
-    """Mean and standard deviation in per cent; a single value as it is."""
-    mean = f"{100 * spread.mean:.1f}"
-    return mean if spread.std is None else f"{mean} ± {100 * spread.std:.1f}"
+def mean_and_deviation(metric: str, spread: Spread) -> str:
+    """Mean and standard deviation of a metric; a single value as it is."""
+    mean = write_number(metric, spread.mean)
+    return mean if spread.std is None else f"{mean} ± {write_number(metric, spread.std)}"
 
 
 def cells(row: Row, metric: str, *, best: bool) -> list[str]:
     """The cells of a row of the table."""
-    score = percent(row.metrics["test"][metric])
+    score = mean_and_deviation(metric, row.metrics["test"][metric])
     share = f"{100 * row.trainable / row.total:.2f} %"
     return [row.label, f"**{score}**" if best else score, str(len(row.seeds)), share, f"{row.seconds.mean / 60:.1f}"]
 

@@ -131,7 +131,7 @@ def test_multi_label_data_and_class_weights_are_supported() -> None:
 def test_the_loss_ranks_models_whose_scores_differ_by_noise(samples: int, best: str) -> None:
     values = {"first": (0.92, 0.30), "second": (0.91, 0.28), "third": (0.5, 0.1)}
     fitted = [scored(name, *scores) for name, scores in values.items()]
-    assert Baselines(fitted, {}, samples, 0).best.name == best
+    assert Baselines(fitted, {}, samples, 0, "f1_macro").best.name == best
 
 
 def scored(name: str, score: float, loss: float, val_S: Tensor | None = None) -> Baseline:
@@ -146,7 +146,7 @@ def test_cross_attention_is_preferred_only_beyond_noise(gained: int, lost: int, 
     simple_S = torch.cat([torch.zeros(gained), torch.ones(lost), torch.zeros(100)])
     reading_S = torch.cat([torch.ones(gained), torch.zeros(lost), torch.zeros(100)])
     fitted = [scored("simple", 0.9, 0.3, simple_S), scored("lower loss", 0.1, 0.2, simple_S)]
-    found = Baselines(fitted, {}, 10_000, 5, scored("reading", 0.2, 9.0, reading_S))
+    found = Baselines(fitted, {}, 10_000, 5, "f1_macro", scored("reading", 0.2, 9.0, reading_S))
     assert found.best.name == best
     assert found.trained_from.name == ("reading" if best == "reading" else "lower loss")
     assert ("step 0 is the better reading" in found.summary()) == (best == "reading")

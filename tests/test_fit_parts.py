@@ -240,7 +240,8 @@ def test_the_pace_of_encoding_is_that_of_distinct_values(tmp_path: Path, monkeyp
 
 
 def candidate_listener(seconds: float) -> CandidateListener:
-    return CandidateListener(FitListener(), Budget(seconds), to_beat=Estimate(0.9, 0.01, 100), tested_share=1.0)
+    to_beat = Estimate(0.9, 0.01, 100)
+    return CandidateListener(FitListener(), Budget(seconds), metric="accuracy", to_beat=to_beat, tested_share=1.0)
 
 
 def test_training_ends_when_the_budget_is_spent() -> None:

@@ -27,6 +27,7 @@ from mopefuse.data.load import load_data
 from mopefuse.errors import MopefuseError
 from mopefuse.fusion.regression import FitSettings, Fold, fit_heads
 from mopefuse.metrics.bootstrap import difference
+from mopefuse.metrics.names import ERRORS
 from mopefuse.metrics.values import ValueOutcome
 from mopefuse.tasks.base import get_task, task_from_facts
 from mopefuse.tasks.regression import Regression, parse_number
@@ -80,8 +81,9 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy(samples: int, targets: in
     task = Regression()
     found = task.compute(torch.from_numpy(predicted), torch.from_numpy(actual))
     assert found["r2"] == pytest.approx(sk.r2_score(actual.astype(float), predicted.astype(float)), abs=1e-9)
-    assert found["mae"] == pytest.approx(sk.mean_absolute_error(actual, predicted), rel=1e-5)
-    assert found["rmse"] == pytest.approx(sk.root_mean_squared_error(actual, predicted), rel=1e-5)
+    mae, rmse = ("mae", "rmse") if targets == 1 else ("mae_sd", "rmse_sd")
+    assert found[mae] == pytest.approx(sk.mean_absolute_error(actual, predicted), rel=1e-5)
+    assert found[rmse] == pytest.approx(sk.root_mean_squared_error(actual, predicted), rel=1e-5)
     ranks = [spearmanr(p, a).statistic for p, a in zip(predicted.T, actual.T, strict=True)]
     assert found["spearman"] == pytest.approx(np.mean(ranks), abs=1e-9)
 
@@ -89,15 +91,15 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy(samples: int, targets: in
 @pytest.mark.parametrize("metric", Regression.metrics)
 def test_a_resample_has_the_metric_of_its_repeated_samples(metric: str) -> None:
     random = np.random.default_rng(0)
-    actual = random.normal(size=(30, 2))
-    outcome = ValueOutcome(actual + random.normal(size=actual.shape), actual)
+    actual, deviation = random.normal(size=(30, 2)), np.array([0.5, 3.0])
+    outcome = ValueOutcome(actual + random.normal(size=actual.shape), actual, deviation)
     chosen = random.integers(0, 30, 30)
     weights = np.bincount(chosen, minlength=30).astype(float)[None]
-    repeated = ValueOutcome(outcome.predicted_ST[chosen], outcome.actual_ST[chosen])
+    repeated = ValueOutcome(outcome.predicted_ST[chosen], outcome.actual_ST[chosen], deviation)
     assert outcome.measure(metric, weights)[0] == pytest.approx(repeated.measure(metric, np.ones((1, 30)))[0])
-    perfect = ValueOutcome(actual, actual)
+    perfect = ValueOutcome(actual, actual, deviation)
     worse = difference([outcome], [perfect], metric, resamples=200)
-    assert (worse.value > 0) == (metric in ("mae", "rmse")) and worse.p < 0.05
+    assert (worse.value > 0) == (metric in ERRORS) and worse.p < 0.05
     assert difference([perfect], [perfect], metric, resamples=50).p == 1
 
 

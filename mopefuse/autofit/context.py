@@ -50,7 +50,8 @@ class Context:
     def record(self, entry: Entry, found: Predictions | None = None) -> None:
         """Record and report what became of a candidate."""
         self.folder.record(entry, self.budget.elapsed, found)
-        self.listener.on_entry(entry, None if found is None else self.judge.score(found), self.budget)
+        score = None if found is None else self.judge.score(found)
+        self.listener.on_entry(entry, score, self.budget, metric=self.judge.metric)
 
     def predictions(self, *states: str) -> dict[str, Predictions]:
         """The predictions of the candidates in some state, from cheap to expensive."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from mopefuse.autofit.state import CROSS_VALIDATED, Entry
 from mopefuse.core.artifact import dump_json
 from mopefuse.core.atomic_files import write_atomically
 from mopefuse.core.formatting import duration, markdown, percent
+from mopefuse.metrics.names import write_metric, write_number
 
 JSON_FILE, PAGE = "leaderboard.json", "leaderboard.md"
 
@@ -97,16 +99,19 @@ class Leaderboard:
         """What each modality alone, regressions on all of them, an MLP, and prompts contributed."""
         scored = [line for line in self.lines if line.score is not None]
         alone = sorted((line for line in scored if len(line.entry.reads) == 1), key=lambda line: -line.value)
-        parts = [f"{reading(line.entry.reads)} {percent(line.value)}{' (selected)' if line.chosen else ''}" for line in alone]
+        shown = partial(write_metric, self.metric)
+        parts = [f"{reading(line.entry.reads)} {shown(line.value)}{' (selected)' if line.chosen else ''}" for line in alone]
         together = [line for line in scored if len(line.entry.reads) > 1]
         regression, network, trained = (_best_of(kind, together) for kind in (REGRESSIONS, NETWORKS, TRAINED))
         if regression is not None:
             chosen = ", selected" if regression.chosen else ""
-            parts.append(f"{reading(regression.entry.reads)} {percent(regression.value)} ({regression.entry.title}{chosen})")
+            parts.append(f"{reading(regression.entry.reads)} {shown(regression.value)} ({regression.entry.title}{chosen})")
         if network is not None and network.over_regression is not None:
-            parts.append(f"{network.entry.title} {100 * network.over_regression.value:+.1f} ({network.verdict})")
+            gain = write_number(self.metric, network.over_regression.value, signed=True)
+            parts.append(f"{network.entry.title} {gain} ({network.verdict})")
         if trained is not None:
-            parts.append(f"{trained.entry.title} {100 * trained.lead:+.1f} ({trained.verdict})")
+            lead = write_number(self.metric, trained.lead, signed=True)
+            parts.append(f"{trained.entry.title} {lead} ({trained.verdict})")
         return ", ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
@@ -140,7 +145,7 @@ class Leaderboard:
     def _summary(self) -> str:
         name = self.metric.replace("_", " ")
         test = self.test_score
-        tested = f" Test {name}: {percent(test.value)} ± {percent(test.error)} ({test.rows:,} rows)." if test else ""
+        tested = f" Test {name}: {test.written(self.metric)} ({test.rows:,} rows)." if test else ""
         return f"Selected: **{markdown(self.chosen.name)}**.{tested} Time: {duration(self.elapsed)} of {duration(self.budget)}."
 
     def _table(self) -> str:
@@ -153,9 +158,9 @@ class Leaderboard:
             [
                 "*" if line.chosen else "",
                 line.name,
-                _plus_minus(line.score, signed=False) if line.score else f"{line.entry.state}: {line.entry.note}".rstrip(": "),
+                self._plus_minus(line.score, signed=False) or f"{line.entry.state}: {line.entry.note}".rstrip(": "),
                 _basis(line),
-                _plus_minus(line.gain, signed=True) if line.gain else "",
+                self._plus_minus(line.gain, signed=True),
                 f"{line.entry.trainable:,}" if line.entry.trainable is not None else "",
                 duration(line.entry.seconds),
             ]
@@ -172,7 +177,7 @@ class Leaderboard:
         for names, gain in self.ensemble.items():
             verdict = "better" if gain.exceeds(SIMPLER_WITHIN) else "not better beyond noise"
             notes.append(
-                f"The average of {markdown(names)} would score {_plus_minus(gain, signed=True)} against the selected "
+                f"The average of {markdown(names)} would score {self._plus_minus(gain, signed=True)} against the selected "
                 f"candidate: {verdict}. It is not saved, because a run contains a single model."
             )
         if (found := self.calibration) is not None:
@@ -182,6 +187,11 @@ class Leaderboard:
                 f"{found.loss_before:.3f} before, {found.loss_after:.3f} after. It is part of the saved weights."
             )
         return notes
+
+    def _plus_minus(self, estimate: Estimate | None, *, signed: bool) -> str:
+        if estimate is None:
+            return ""
+        return f"{write_number(self.metric, estimate.value, signed=signed)} ± {write_number(self.metric, estimate.error)}"
 
 
 def reading(modalities: Sequence[str]) -> str:
@@ -203,8 +213,3 @@ def _basis(line: Line) -> str:
         return ""
     how = "cross-validation" if line.entry.state == CROSS_VALIDATED else "validation"
     return f"{line.score.rows:,} rows, {how}"
-
-
-def _plus_minus(estimate: Estimate, *, signed: bool) -> str:
-    value = f"{100 * estimate.value:+.1f}" if signed else f"{100 * estimate.value:.1f}"
-    return f"{value} ± {100 * estimate.error:.1f}"

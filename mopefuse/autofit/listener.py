@@ -7,7 +7,8 @@ import time
 from mopefuse.autofit.budget import Budget
 from mopefuse.autofit.scores import BEYOND_NOISE, Estimate
 from mopefuse.autofit.state import Entry
-from mopefuse.core.formatting import duration, percent
+from mopefuse.core.formatting import duration
+from mopefuse.metrics.names import write_metric
 from mopefuse.training.listener import Listener, Progress
 
 _MEASURED_SECONDS = 2.0  # of a preparation, after which its pace is known
@@ -24,23 +25,23 @@ class FitListener(Listener):
     def on_phase(self, what: str, budget: Budget) -> None:
         """Called when a phase begins."""
 
-    def on_entry(self, entry: Entry, score: Estimate | None, budget: Budget) -> None:
-        """Called when a candidate was scored, skipped or failed."""
+    def on_entry(self, entry: Entry, score: Estimate | None, budget: Budget, *, metric: str) -> None:
+        """Called when a candidate was scored by a metric, skipped or failed."""
 
 
 class CandidateListener(Listener):
     """Passes progress on, and ends training when time is up or the candidate cannot win any more.
 
     Args:
-        to_beat: score of the leader on validation, with its standard error.
+        metric: the metric of scores. to_beat: score of the leader on validation, with its standard error.
         tested_share: rows of the test split for each row of validation; the final test must fit into the budget, too.
     """
 
     def __init__(
-        self, shown: FitListener, budget: Budget, *, to_beat: Estimate, tested_share: float
+        self, shown: FitListener, budget: Budget, *, metric: str, to_beat: Estimate, tested_share: float
     ) -> None:
         self._shown, self._budget, self._to_beat = shown, budget, to_beat
-        self._tested_share = tested_share
+        self._metric, self._tested_share = metric, tested_share
         self._preparation: tuple[str, int, float] = ("", 0, 0.0)  # what is prepared, and where and when it began
         self._first: tuple[int, float] | None = None  # first step of this attempt and its time
         self._last_step_at = time.monotonic()
@@ -94,6 +95,6 @@ class CandidateListener(Listener):
                 return f"stopped at step {progress.step} of {total}: all steps take {duration(per_step * total)}"
         behind = (progress.best or 0.0) + BEYOND_NOISE * self._to_beat.error < self._to_beat.value
         if 2 * progress.step >= total and self._validated and behind:
-            best, leader = percent(progress.best), percent(self._to_beat.value)
+            best, leader = (write_metric(self._metric, score) for score in (progress.best, self._to_beat.value))
             return f"stopped at step {progress.step} of {total}: {best} on validation cannot reach {leader}"
         return ""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mopefuse.metrics import bootstrap
+from mopefuse.metrics.names import write_metric
 from mopefuse.tasks.base import Task
 
 _RESAMPLES, _SEED = 400, 0
@@ -39,6 +40,10 @@ class Estimate(NamedTuple):
     value: float
     error: float
     rows: int
+
+    def written(self, metric: str) -> str:
+        """Format the value of a metric with its standard error: 81.2 % ± 1.0 %."""
+        return f"{write_metric(metric, self.value)} ± {write_metric(metric, self.error)}"
 
     def exceeds(self, errors: float) -> bool:
         """Whether the value is positive by more than so many standard errors."""

@@ -163,9 +163,9 @@ def _start_seconds(context: Context, candidate: Candidate) -> float:
 
 def _listener(context: Context, leader: str) -> CandidateListener:
     """A listener that knows what the leader scores on validation."""
-    to_beat = context.judge.score(context.on_val(leader))
+    to_beat, metric = context.judge.score(context.on_val(leader)), context.judge.metric
     share = len(context.data.splits["test"].rows) / len(context.features.val_rows)
-    return CandidateListener(context.listener, context.budget, to_beat=to_beat, tested_share=share)
+    return CandidateListener(context.listener, context.budget, metric=metric, to_beat=to_beat, tested_share=share)
 
 
 def _validation_predictions(context: Context, candidate: Candidate) -> Predictions:

@@ -11,7 +11,7 @@ from mopefuse.autofit.budget import Budget
 from mopefuse.autofit.listener import FitListener
 from mopefuse.autofit.scores import Estimate
 from mopefuse.autofit.state import Entry
-from mopefuse.cli._render import duration, err, percent
+from mopefuse.cli._render import duration, err
 from mopefuse.training.listener import Progress
 
 _LINE_EVERY = 10.0  # seconds between plain lines
@@ -47,14 +47,14 @@ class FitDisplay(FitListener):
         self._phase, self._budget = what, budget
         self._print(f"[{budget}] {what}")
 
-    def on_entry(self, entry: Entry, score: Estimate | None, budget: Budget) -> None:
+    def on_entry(self, entry: Entry, score: Estimate | None, budget: Budget, *, metric: str) -> None:
         """Print the score of a candidate, or why it has none."""
         what = f"{' and '.join(entry.reads)}: {entry.title}"
         if score is None:
             self._print(f"[{budget}] {what}: {entry.state}: {entry.note}")
         else:
             note = f" ({entry.note})" if entry.note else ""
-            self._print(f"[{budget}] {what}: {percent(score.value)} ± {percent(score.error)}{note}")
+            self._print(f"[{budget}] {what}: {score.written(metric)}{note}")
 
     def on_data_progress(self, what: str, done: int, total: int) -> None:
         """Show the progress of a preparation, with its estimated end."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mopefuse.cli._render import err, table
-from mopefuse.metrics.names import write_metric
+from mopefuse.metrics.names import in_per_cent, write_metric, write_number
 
 if TYPE_CHECKING:
     from mopefuse.evaluation.missing_modalities import Missing
@@ -18,9 +18,10 @@ def show(run: str, found: Missing) -> None:
     rows = []
     for cell in found.cells:
         row = [cell.words, cell.lacking, write_metric(name, cell.metrics[name])]
-        rows.append([*row, *([] if plain is None else [f"{100 * (cell.metrics[name] - plain):+.1f}"])])
+        rows.append([*row, *([] if plain is None else [write_number(name, cell.metrics[name] - plain, signed=True)])])
     first = f"missing ({found.cells[0].samples:,} {found.split} samples)"
-    table(run, [first, "samples without it", name, *([] if plain is None else ["change in points"])], rows)
+    change = "change in points" if in_per_cent(name) else "change"
+    table(run, [first, "samples without it", name, *([] if plain is None else [change])], rows)
     if not found.learned:
         text = "trained on complete samples only, so mean features replace missing ones; see --modality-dropout"
         err().print(f"notice: {text}", markup=False)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mopefuse.cli._render import err, out, print_json, table
+from mopefuse.metrics.names import write_number
 
 if TYPE_CHECKING:
     from mopefuse.studies.search import SearchResult, Trial
@@ -63,17 +64,17 @@ def _show(searched: SearchResult, folder: Path) -> None:
 
     best = searched.best
     ranked = sorted(searched.trials, key=lambda t: (-1.0 if t.value is None else t.value, -t.number), reverse=True)
-    paths = list(searched.trials[0].settings)
+    paths, metric = list(searched.trials[0].settings), searched.metric
     rows = [
-        [f"{trial.number}{' *' if trial is best else ''}", *(_value(trial, path) for path in paths), _percent(trial)]
+        [f"{trial.number}{' *' if trial is best else ''}", *(_value(trial, path) for path in paths), _score(trial, metric)]
         for trial in ranked
     ]
     bold = 0 if best is not None else None
-    table(f"{folder}, trials by validation", ["trial", *paths, f"val {searched.metric}"], rows, bold=bold)
+    table(f"{folder}, trials by validation", ["trial", *paths, f"val {metric}"], rows, bold=bold)
     if best is None:
         return
-    tested = test_metrics(best, folder).get(searched.metric)
-    on_test_too = f" ({100 * tested:.1f} on test)" if tested is not None else ""
+    tested = test_metrics(best, folder).get(metric)
+    on_test_too = f" ({write_number(metric, tested)} on test)" if tested is not None else ""
     err().print(f"* best on validation: trial {best.number}{on_test_too}. Train with its settings:", markup=False)
     out().print(train_command(best, folder), markup=False)
 
@@ -83,8 +84,8 @@ def _value(trial: Trial, path: str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _percent(trial: Trial) -> str:
-    return "failed" if trial.value is None else f"{100 * trial.value:.1f}"
+def _score(trial: Trial, metric: str) -> str:
+    return "failed" if trial.value is None else write_number(metric, trial.value)
 
 
 def _as_dict(searched: SearchResult, folder: Path) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def _show(fitted: FitResult, notices: list[str], *, json: bool) -> None:
     table(str(fitted.run), board.HEADS, rows, bold=[line.chosen for line in board.lines].index(True), left=(0, 1))
     if board.test_score is not None:
         score, name = board.test_score, board.metric.replace("_", " ")
-        console.print(f"test {name}: {percent(score.value)} ± {percent(score.error)} ({score.rows:,} rows)", markup=False)
+        console.print(f"test {name}: {score.written(board.metric)} ({score.rows:,} rows)", markup=False)
     if (found := board.calibration) is not None:
         before, after = percent(found.error_before), percent(found.error_after)
         console.print(f"calibration error: {before} before, {after} after temperature {found.temperature:.2f}", markup=False)

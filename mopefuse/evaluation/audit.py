@@ -26,6 +26,7 @@ from mopefuse.encoders.base import run_frozen
 from mopefuse.evaluation.split import prepare_samples, run_split, split_metrics
 from mopefuse.fusion.base import Fusion
 from mopefuse.metrics.bootstrap import difference
+from mopefuse.metrics.names import write_change, write_metric, write_number
 from mopefuse.metrics.thresholds import THRESHOLD, Thresholds
 from mopefuse.runs.load import open_run
 from mopefuse.tasks.base import Task
@@ -116,9 +117,10 @@ class Audit:
 
     def _verdict(self, other: str) -> str:
         shuffled, blank_input = self.condition("shuffled", other), self.condition("blank", other)
-        before, after, empty = (100 * one.metrics[self.metric] for one in (self["as is"], shuffled, blank_input))
-        change = f"with another sample's {other}, {self.task.metric_title} goes from {before:.1f} to {after:.1f} %"
-        change += f", and with none to {empty:.1f} %"
+        before = write_number(self.metric, self["as is"].metrics[self.metric])
+        after, empty = (write_metric(self.metric, one.metrics[self.metric]) for one in (shuffled, blank_input))
+        change = f"with another sample's {other}, {self.task.metric_title} goes from {before} to {after}"
+        change += f", and with none to {empty}"
         if self.alone and len(self.modalities) == 1:
             return f"The {other} is the only input that the model uses: {change}."
         if shuffled.is_significant and shuffled.lost > 0:
@@ -135,9 +137,9 @@ class Audit:
             # The rule of three: Hanley and Lippman-Hand, "If nothing goes wrong, is everything all right?", JAMA 1983.
             unseen = min(100.0, 300 / self.samples)
             return f"nothing changed; with {self.samples:,} samples, a drop of up to {unseen:.1f} points could go undetected"
-        low, high = 100 * shuffled.low, 100 * shuffled.high
-        interval = f"95 % interval {low:+.1f} to {high:+.1f}, {self.samples:,} samples"
-        return f"a loss of {100 * shuffled.lost:.1f} points is within noise: {interval}"
+        low, high = (write_number(self.metric, end, signed=True) for end in (shuffled.low, shuffled.high))
+        interval = f"95 % interval {low} to {high}, {self.samples:,} samples"
+        return f"a loss of {write_change(self.metric, shuffled.lost, signed=False)} is within noise: {interval}"
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the logits."""

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mopefuse.core.formatting import percent
 from mopefuse.fusion.mlp_fit import Network, NetworkSettings, epochs_for, fit_network
 from mopefuse.fusion.regression import Advance, FitSettings, Fold, score, score_by_sample, set_up, standard_state
 from mopefuse.fusion.token_reader_fit import Reading, ReadingSettings, fit_reading
+from mopefuse.metrics.names import write_metric
 from mopefuse.metrics.significance import difference_in_errors, is_probably_better
 
 _FOLDS = 5
@@ -186,6 +187,7 @@ class Baselines(NamedTuple):
         standard: statistics of the features, by the names of `Fusion.standard`'s buffers.
         samples: number of samples on which they were compared.
         folds: number of folds of the cross-validation; 0 without.
+        metric: the metric that selects models.
         reading: cross-attention, scored on the validation split; None if it was not fitted.
     """
 
@@ -193,6 +195,7 @@ class Baselines(NamedTuple):
     standard: Mapping[str, Tensor]
     samples: int
     folds: int
+    metric: str
     reading: Baseline | None = None
 
     @property
@@ -222,15 +225,15 @@ class Baselines(NamedTuple):
     def summary(self) -> str:
         """A sentence for the user: the chosen baseline and the scores of all."""
         how = f"{self.folds}-fold cross-validation and validation" if self.folds else "validation"
-        simple = self.best_simple
-        others = ", ".join(f"{one.name} {percent(one.score)}" for one in self.fitted if one is not simple)
+        simple, shown = self.best_simple, partial(write_metric, self.metric)
+        others = ", ".join(f"{one.name} {shown(one.score)}" for one in self.fitted if one is not simple)
         kind = "best model on pooled features" if self.best is self.reading else "step 0 is the best model on frozen features"
-        text = f"{kind} by {how}: {simple.name}, {percent(simple.score)} ({others})"
+        text = f"{kind} by {how}: {simple.name}, {shown(simple.score)} ({others})"
         if any(one.score > simple.score for one in self.fitted):
             text += "; among scores within a standard error of the best, the lowest loss decides"
         if self.reading:
             chosen = "step 0 is the better" if self.best is self.reading else "not better by more than noise:"
-            scores = f"{percent(self.reading.val_score)} on validation, {simple.name} {percent(simple.val_score)}"
+            scores = f"{shown(self.reading.val_score)} on validation, {simple.name} {shown(simple.val_score)}"
             text += f"; {chosen} {self.reading.name} ({scores})"
         trained = self.trained_from
         return text if trained is self.best else f"{text}; training starts from {trained.name}, which has the lowest loss"
@@ -276,4 +279,5 @@ def fit_baselines(
     folds = len(comparison.pairs) - 1
     has_tokens = train.tokens is not None and val.tokens is not None
     read = comparison.reading(reading, advance) if reading is not None and has_tokens else None
-    return Baselines(fitted, standard_state(comparison.known), len(comparison.actual), folds, read)
+    samples, metric = len(comparison.actual), how.task.metric
+    return Baselines(fitted, standard_state(comparison.known), samples, folds, metric, read)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor
 
+from mopefuse.metrics.names import value_metrics
 from mopefuse.metrics.tally import Tally
 from mopefuse.metrics.thresholds import THRESHOLD, Thresholds
 
@@ -30,7 +31,7 @@ class ValueTally(Tally):
         values: maps the outputs of a model (B, N) to the values (B, T) that they predict.
         in_units: maps targets (B, T), as a model is trained on them, to true values.
         loss: maps outputs (B, N) and targets (B, T) to the loss of each sample (B,).
-        deviation_T: standard deviation of each target in training; a unit for the score of a sample.
+        deviation_T: standard deviation of each target in training, a unit for errors of several targets.
         interval: maps outputs (B, N) to the lower and the upper bound (B, T) of an interval, of a model that predicts one.
     """
 
@@ -68,10 +69,12 @@ class ValueTally(Tally):
     def metrics(self, *, ranking: bool = True) -> dict[str, float]:
         """Compute R², mean absolute and root mean squared error, and Spearman's rank correlation, averaged over targets.
 
-        Also the share of true values within the interval, of a model that predicts one.
+        The errors of several targets are in standard deviations. Also the share of true values within the interval, of a
+        model that predicts one.
         """
-        rows = self.per_label([""] * self.predicted_ST.shape[1])
-        found = {name: float(np.mean([row[name] for row in rows])) for name in _MEASURES}
+        outcome = ValueOutcome(self.predicted_ST.numpy(), self.actual_ST.numpy(), self._deviation_T.numpy())
+        samples, targets = outcome.shape
+        found = {name: float(outcome.measure(name, np.ones((1, samples)))[0]) for name in value_metrics(targets)}
         if self._interval is not None:
             found["interval_coverage"] = float(self.inside_S.mean())
         return found | {"loss": float(self.loss_S.mean())}
@@ -81,7 +84,7 @@ class ValueTally(Tally):
         return -((self.predicted_ST - self.actual_ST) / self._deviation_T).square().mean(dim=1)
 
     def per_label(self, labels: Sequence[str]) -> list[dict[str, Any]]:
-        """Compute the metrics of each target, and the range of its true values."""
+        """Compute the metrics of each target in its own units, and the range of its true values."""
         pairs = zip(labels, self.predicted_ST.T.numpy(), self.actual_ST.T.numpy(), strict=True)
         once = np.ones((1, len(self.loss_S)))
         return [
@@ -93,10 +96,15 @@ class ValueTally(Tally):
 
 @dataclass(frozen=True)
 class ValueOutcome:
-    """Predicted and true values of the test samples in one run; see `mopefuse.metrics.bootstrap.Outcome`."""
+    """Predicted and true values of the test samples in one run; see `mopefuse.metrics.bootstrap.Outcome`.
+
+    Args:
+        deviation_T: standard deviation of each target in training, the unit of the metrics that end in ``_sd``.
+    """
 
     predicted_ST: Floats
     actual_ST: Floats
+    deviation_T: Floats
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -106,8 +114,9 @@ class ValueOutcome:
 
     def measure(self, metric: str, weights_RS: Floats) -> Floats:
         """The metric (R,) of resamples, averaged over targets."""
-        pairs = zip(self.predicted_ST.T, self.actual_ST.T, strict=True)
-        return np.asarray(np.mean([_MEASURES[metric](*pair, weights_RS) for pair in pairs], axis=0), np.float64)
+        measure, unit_T = _MEASURES[metric.removesuffix("_sd")], self.deviation_T if metric.endswith("_sd") else 1.0
+        pairs = zip((self.predicted_ST / unit_T).T, (self.actual_ST / unit_T).T, strict=True)
+        return np.asarray(np.mean([measure(*pair, weights_RS) for pair in pairs], axis=0), np.float64)
 
 
 def _r2(predicted_S: Floats, actual_S: Floats, weights_RS: Floats) -> Floats:

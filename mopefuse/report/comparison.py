@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mopefuse.core.formatting import count, duration, size, visible
-from mopefuse.metrics.names import ERRORS, write_number
+from mopefuse.metrics.names import ERRORS, in_per_cent, write_number
 from mopefuse.studies.compare import Comparison, Row, Spread
 
 Splits = Sequence[str]
@@ -32,7 +32,7 @@ def cells(comparison: Comparison, splits: Splits, mark: Mark = str) -> tuple[lis
 
 
 def _spread(metric: str, spread: Spread | None) -> str:
-    """0.812 and 0.803 as 80.8 ± 0.6, in per cent."""
+    """0.812 and 0.803 as 80.8 ± 0.6, if the metric is written in per cent."""
     if spread is None or spread.mean != spread.mean:
         return "-"
     deviation = "" if spread.std is None else f" ± {write_number(metric, spread.std)}"
@@ -50,11 +50,12 @@ def _versus(metric: str, row: Row) -> list[str]:
 def notes(comparison: Comparison) -> list[str]:
     """Explain the numbers, and list what the comparison leaves out."""
     several = any(len(row.runs) > 1 for row in comparison.rows)
-    errors = [name for name in comparison.metrics if name in ERRORS]
-    but = f" ({' and '.join(errors)} in the units of the labels)" if errors else ""
-    remarks = [
-        f"Metrics in per cent{but}{', mean ± standard deviation over n seeds' if several else ''}; time is the mean of a run."
-    ]
+    errors = " and ".join(name for name in comparison.metrics if name in ERRORS)
+    unit = "standard deviations of the training labels" if "_sd" in errors else "the units of the labels"
+    units = ["Metrics in per cent" if any(map(in_per_cent, comparison.metrics)) else "Metrics as decimals"]
+    units += [f"{errors} in {unit}"] if errors else []
+    units += ["mean ± standard deviation over n seeds"] if several else []
+    remarks = ["; ".join([", ".join(units), "time is the mean of a run."])]
     if comparison.against is not None:
         remarks.append(
             "Differences with 95 % interval and p-value for no difference, from a paired bootstrap over the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mopefuse.core.formatting import percent
+from mopefuse.metrics.names import in_per_cent, write_metric, write_number
 from mopefuse.report.curves import Curve, curves
 from mopefuse.report.pages import Section, fragment
 from mopefuse.report.run_data import RunFacts
@@ -22,10 +22,11 @@ def missing(facts: RunFacts) -> Section | None:
         begin = [] if whole is None or found["natural"] else [(0.0, whole)]
         points = [(100 * share, score) for share, score in (*begin, *(point for point in mine if point[0] > 0))]
         lines.append(Curve(what.replace("+", " and "), points))
-    columns = ["missing", "samples without it", name, *([] if whole is None else ["change in points"])]
+    change = "change in points" if in_per_cent(name) else "change"
+    columns = ["missing", "samples without it", name, *([] if whole is None else [change])]
     rows = [
-        [cell["words"], cell["lacking"], percent(cell["metrics"][name])]
-        + ([] if whole is None else [f"{100 * (cell['metrics'][name] - whole):+.1f}"])
+        [cell["words"], cell["lacking"], write_metric(name, cell["metrics"][name])]
+        + ([] if whole is None else [write_number(name, cell["metrics"][name] - whole, signed=True)])
         for cell in cells
     ]
     notes = [f"All {found['samples']:,} samples of {found['split']}; a larger fraction includes the samples of a smaller one."]
@@ -34,6 +35,7 @@ def missing(facts: RunFacts) -> Section | None:
     title, table = "Where a modality is missing", fragment("table", columns, rows, 1, notes)
     if any(len(line.points) > 1 for line in lines):
         label = f"{name} by the share of samples that lack a modality"
-        chart = curves("missing", label, lines, across="samples that lack it, in percent", up=name, percent=True)
+        across = "samples that lack it, in percent"
+        chart = curves("missing", label, lines, across=across, up=name, percent=in_per_cent(name))
         return Section("missing", title, fragment("figure", chart, label, numbers=False) + table, (chart,))
     return Section("missing", title, table)

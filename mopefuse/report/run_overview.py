@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mopefuse.config.encoder_sides import is_comp
 from mopefuse.core.formatting import percent
-from mopefuse.metrics.names import write_metric
+from mopefuse.metrics.names import in_per_cent, write_metric, write_number
 from mopefuse.report.bars import bars
 from mopefuse.report.chart import shorten
 from mopefuse.report.pages import Section, fragment
@@ -62,28 +62,29 @@ def audit(facts: RunFacts) -> Section | None:
     if facts.audit is None:
         return None
     found, name = facts.audit, facts.main_metric
-    rows = [
+    rows = found["conditions"]
+    lines = [
         {
             "name": _CONDITIONS.get(row["name"], f"without {row['name']}").format(row["modality"]),
-            "value": row["metrics"][name],
-            "lost": row["lost"],
-            "interval": (row["low"], row["high"]),
+            "value": write_metric(name, row["metrics"][name]),
+            "lost": write_number(name, row["lost"]),
+            "interval": [write_number(name, row[end], signed=True) for end in ("low", "high")],
             "changed": row["changed"],
             "first": row["name"] == "as is",
         }
-        for row in found["conditions"]
+        for row in rows
     ]
     whole = found["samples"] == found["total"]
     samples = f"all {found['samples']:,}" if whole else f"{found['samples']:,} of {found['total']:,}"
     chart = bars(
         "audit",
         f"{name} without an input or a prompt",
-        [(row["name"], row["value"]) for row in rows],
+        [(line["name"], row["metrics"][name]) for line, row in zip(lines, rows, strict=True)],
         across=name,
-        shown=percent,
-        against=rows[0]["value"],
+        shown=lambda value: write_metric(name, value),
+        against=rows[0]["metrics"][name],
     )
-    score = facts.task.metric_title
-    body = fragment("audit", found, rows, chart, samples=samples, split=facts.split, metric=name, score=score)
+    titles = {"score": facts.task.metric_title, "lost": "points lost" if in_per_cent(name) else "lost"}
+    body = fragment("audit", found, lines, chart, samples=samples, split=facts.split, metric=name, **titles)
     inputs = " and the ".join(filter(None, (found["modality"], found["main"])))
     return Section("audit", f"Does the model use the {inputs}?", body, (chart,))

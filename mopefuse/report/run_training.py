@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mopefuse.core.formatting import percent, several
+from mopefuse.metrics.names import in_per_cent
 from mopefuse.report.bars import bars
 from mopefuse.report.chart import Chart
 from mopefuse.report.curves import Curve, curves
@@ -25,7 +26,7 @@ def training(facts: RunFacts) -> Section | None:
     if scores:
         title = f"validation {name} by step"
         line = Curve(name, scores)
-        charts.append(curves("validation", title, [line], across="step", up=name, mark=mark, percent=True))
+        charts.append(curves("validation", title, [line], across="step", up=name, mark=mark, percent=in_per_cent(name)))
     if not charts:
         return None
     captions = [f"{chart.label}; the dashed line marks the checkpoint that this page shows" for chart in charts]

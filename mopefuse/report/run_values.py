@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from torch import Tensor
 
-from mopefuse.metrics.names import write_metric
+from mopefuse.metrics.names import value_metrics, write_metric
 from mopefuse.report.chart import Chart, data_of, make_chart, plain
 from mopefuse.report.pages import Section, fragment
 from mopefuse.report.run_data import RunFacts
@@ -76,7 +76,7 @@ def _chart(facts: RunFacts, number: int, name: str, some: Sequence[int], predict
 def scores(facts: RunFacts) -> Section:
     """The metrics of each target."""
     found = facts.task.count(facts.logits_SN, facts.targets).per_label(facts.labels)
-    names = list(facts.task.metrics)
+    names = value_metrics(1)  # each target is in its own units
     rows = [
         [row["label"], *(write_metric(name, row[name]) for name in names), f"{plain(row['lowest'])} to {plain(row['highest'])}"]
         for row in found

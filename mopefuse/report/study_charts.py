@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from markupsafe import Markup
 
+from mopefuse.metrics.names import in_per_cent
 from mopefuse.report.chart import Chart
 from mopefuse.report.curves import MAX_NAMED, Curve, curves, dots, scatter, spans_decades
 from mopefuse.report.pages import Section, fragment
@@ -68,7 +69,8 @@ def _against_setting(facts: StudyFacts, comparison: Comparison, sweep: Sweep) ->
             lines.append(Curve(series.name, points, [score.std or 0.0 for _, score in scores]))
         label = f"{comparison.metric} on test against {sweep.path}"
         name = key if number == 1 else f"{key}-{number}"
-        charts.append(curves(name, label, lines, across=sweep.path, up=comparison.metric, percent=True, log=log))
+        up, percent = comparison.metric, in_per_cent(comparison.metric)
+        charts.append(curves(name, label, lines, across=sweep.path, up=up, percent=percent, log=log))
         shown = [row for series in part for _, row in series.rows]
         names = f" of {lines[0].name}" if len(lines) == 1 and lines[0].name != sweep.path else ""
         axis = " The setting is on a logarithmic axis." if log else ""
@@ -79,7 +81,8 @@ def _against_setting(facts: StudyFacts, comparison: Comparison, sweep: Sweep) ->
 def _rows(facts: StudyFacts, comparison: Comparison, rows: Sequence[Row]) -> Section:
     points = [_point(row.label, facts.score(row)) for row in rows[:_ROWS]]
     label = f"{comparison.metric} on test of each row"
-    chart = dots("rows", label, points, across=f"test {comparison.metric}", percent=True)
+    across, percent = f"test {comparison.metric}", in_per_cent(comparison.metric)
+    chart = dots("rows", label, points, across=across, percent=percent)
     left = f" {len(rows) - _ROWS:,} more are only in the table." if len(rows) > _ROWS else ""
     return _section("rows", "Row by row", [chart], [f"{_sentence(label)}: {deviation(rows)}.{left}"], half=True)
 
@@ -87,8 +90,8 @@ def _rows(facts: StudyFacts, comparison: Comparison, rows: Sequence[Row]) -> Sec
 def _parameters(facts: StudyFacts, comparison: Comparison, rows: Sequence[Row]) -> Section:
     points = [_point(row.label, facts.score(row), float(row.trainable)) for row in rows[:_ROWS]]
     label = f"{comparison.metric} on test against trainable parameters"
-    across = "trainable parameters"
-    chart = scatter("parameters", label, points, across=across, up=comparison.metric, percent=True)
+    across, up = "trainable parameters", comparison.metric
+    chart = scatter("parameters", label, points, across=across, up=up, percent=in_per_cent(up))
     caption = f"{_sentence(label)}: {deviation(rows)}."
     if len(points) > MAX_NAMED:
         caption += " Numbers refer to the rows of the table, counted from the top."
@@ -112,8 +115,8 @@ def _learning(facts: StudyFacts, comparison: Comparison, rows: Sequence[Row]) ->
     for number, part in enumerate(_parts(lines), 1):
         name = "validation" if number == 1 else f"validation-{number}"
         ends = (low, high) if high > low else (None, None)
-        up = comparison.metric
-        chart = curves(name, label, part, across="step", up=up, low=ends[0], high=ends[1], percent=True, bands=True)
+        up, percent = comparison.metric, in_per_cent(comparison.metric)
+        chart = curves(name, label, part, across="step", up=up, low=ends[0], high=ends[1], percent=percent, bands=True)
         charts.append(chart)
         of = f" of {part[0].name}" if len(part) == 1 else ""
         captions.append(f"{_sentence(label)}{of}: {deviation(rows)}.")

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from mopefuse.config.schema import RunConfig
 from mopefuse.config.setting_paths import flatten
-from mopefuse.core.formatting import percent
+from mopefuse.metrics.names import write_metric
 from mopefuse.prompts.stack import fill_prompt_lengths
 from mopefuse.report import study_charts
 from mopefuse.report.comparison import cells, notes
@@ -77,7 +77,7 @@ def _tiles(facts: StudyFacts) -> list[tuple[str, str]]:
         name = f"{which} {comparison.metric.replace('_', ' ')}, of {best[0].label}"
         if comparison.chosen is not None:
             name += ", selected on validation"
-        found.insert(0, (name, percent(facts.score(best[0]).mean)))
+        found.insert(0, (name, write_metric(comparison.metric, facts.score(best[0]).mean)))
         found.append((f"trained parameters of {'the best' if comparison.chosen is None else 'that'}", f"{best[0].trainable:,}"))
     return [*found, ("test samples", f"{comparison.samples:,}")]
 

@@ -117,7 +117,9 @@ def run_study(study: Study, out: Path, *, jobs: int = 1, listener: StudyListener
         write_study(study, out, statuses)
         waiting = [status for status in statuses if status.state != FINISHED]
         if waiting and len({status.cell.config.data.path for status in waiting}) == 1:
-            metric, task = study.file.metric, load_data(waiting[0].cell.config.data).task
+            config, metric = waiting[0].cell.config, study.file.metric
+            data = load_data(config.data)
+            task = data.task if metric is None else data.task.fitted(data.sparse_targets("train"), config)
             if metric is not None and metric not in task.metrics:
                 what = f"metric {metric!r} is not defined for {task} data"
                 fix = "remove the key `metric` to use the default metric"

@@ -55,7 +55,8 @@ class Task(ABC):
     Attributes:
         name: the name of its entry point. metric: the metric that selects checkpoints; larger is better.
         metric_title: the same as it is written in a sentence.
-        metrics: the metrics by which runs can be compared, the most important first.
+        metrics: the metrics by which runs can be compared, the most important first. The class has all that a model of the task
+            can have.
         more_metrics: other metrics, which can select checkpoints and be quality gates, but have no confidence intervals.
         uses_thresholds: whether a threshold decides which labels are predicted, so that it can be tuned.
         label_kind: what a label is in the data: a class, a number, or the path of a mask.
@@ -68,7 +69,7 @@ class Task(ABC):
     name: ClassVar[str]
     metric: ClassVar[str]
     metric_title: ClassVar[str]
-    metrics: ClassVar[tuple[str, ...]]
+    metrics: tuple[str, ...]
     more_metrics: ClassVar[tuple[str, ...]] = ()
     uses_thresholds: ClassVar[bool] = False
     label_kind: ClassVar[Literal["class", "number", "mask"]] = "class"
@@ -343,7 +344,7 @@ def all_metrics(*, more: bool = False) -> tuple[str, ...]:
     """
     found = registry.available(registry.TASKS).items()
     ours = [name for name, points in found if registry.distribution(points[0]) == registry.OURS]
-    tasks = [get_task(name) for name in _sorted(ours)]
+    tasks = [_class(name) for name in _sorted(ours)]
     return tuple(dict.fromkeys(name for task in tasks for name in (*task.metrics, *(task.more_metrics if more else ()))))
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.core.formatting import json_text
 from mopefuse.errors import ConfigError, DataError
+from mopefuse.metrics.names import value_metrics
 from mopefuse.metrics.thresholds import THRESHOLD, Thresholds
 from mopefuse.tasks.base import Array, Labelled, Task, TrainingTargets
 
@@ -67,7 +68,7 @@ class Regression(Task):
     """
 
     name, metric, metric_title = "regression", "r2", "R²"
-    metrics = ("r2", "mae", "rmse", "spearman")
+    metrics: tuple[str, ...] = ("r2", "mae", "rmse", "mae_sd", "rmse_sd", "spearman")
     label_kind = "number"
     linear_name = "ridge regression"
 
@@ -82,6 +83,7 @@ class Regression(Task):
     ) -> None:
         self.mean, self.deviation, self.loss_name, self.delta = tuple(mean), tuple(deviation), loss, delta
         self.quantiles = tuple(quantiles) if loss == "quantile" else (0.5,)
+        self.metrics = value_metrics(max(1, len(self.deviation)))
 
     def facts(self) -> dict[str, Any]:
         """See `Task.facts`."""
@@ -206,11 +208,15 @@ class Regression(Task):
         from mopefuse.metrics.values import ValueTally
 
         targets = outputs // len(self.quantiles)
-        deviation_T = torch.tensor(self.deviation or [1.0] * targets, dtype=torch.double)
-        interval = self._interval if len(self.quantiles) > 1 else None
+        deviation_T = torch.from_numpy(self._units(targets))
+        interval = self.interval if len(self.quantiles) > 1 else None
         return ValueTally(samples, targets, self.values, self.in_units, self.loss, deviation_T, interval)
 
-    def _interval(self, outputs_SN: Tensor) -> tuple[Tensor, Tensor]:
+    def _units(self, targets: int) -> Array:
+        """The standard deviation of each target in training (T,); 1 before training."""
+        return np.array(self.deviation or [1.0] * targets)
+
+    def interval(self, outputs_SN: Tensor) -> tuple[Tensor, Tensor]:
         """The lowest and the highest quantile (S, T), in units of the targets."""
         low_ST, high_ST = outputs_SN.unflatten(-1, (-1, len(self.quantiles))).aminmax(dim=-1)
         return self.in_units(low_ST), self.in_units(high_ST)
@@ -232,7 +238,8 @@ class Regression(Task):
         """See `Task.outcome`."""
         from mopefuse.metrics.values import ValueOutcome
 
-        return ValueOutcome(self.values(outputs_SN).numpy(), self.in_units(targets).numpy())
+        predicted_ST, actual_ST = self.values(outputs_SN).numpy(), self.in_units(targets).numpy()
+        return ValueOutcome(predicted_ST, actual_ST, self._units(actual_ST.shape[1]))
 
     def changed(self, before_SN: Tensor, after_SN: Tensor, thresholds: Thresholds = THRESHOLD) -> Tensor:
         """Whether (S,) a number changes by more than a tenth of the standard deviation in training."""
@@ -311,7 +318,7 @@ class Regression(Task):
         for sample, line in lines:
             for number, key in enumerate(("value", "true")):
                 both[number, sample] = [float(_of_target(line[key], label, len(labels))) for label in labels]
-        return ValueOutcome(*both)
+        return ValueOutcome(both[0], both[1], self._units(len(labels)))
 
     def _middle(self, outputs_SN: Tensor) -> Tensor:
         """The standardised number (S, T) that outputs predict."""

@@ -109,8 +109,8 @@ def prepare(config: RunConfig, listener: Listener, device: torch.device | None =
     """
     check_names(config)  # before reading data, which can take minutes
     data = _load(config, listener)
-    data.task.selecting_metric(config.train.select_by)  # raises if there is no such metric
     data = replace(data, task=data.task.fitted(data.sparse_targets("train"), config))
+    data.task.selecting_metric(config.train.select_by)  # raises if there is no such metric
     config = _with_facts(config, data)
     model = build_model(config, data.outputs, data.task)
     _require_rows(model, data)
