@@ -83,3 +83,12 @@ def test_comparisons_and_pages_have_the_same_units(run: Path, offers: Path, tmp_
     assert done.returncode == 0, done.stderr
     page = (run / "report.html").read_text()
     assert f"{r2:.3f}" in page and f"{100 * r2:.1f} %" not in page and "points lost" not in page
+
+
+def test_the_page_draws_predicted_intervals(run: Path) -> None:
+    assert call("report", run, "--device", "cpu").returncode == 0
+    page = (run / "report.html").read_text()
+    assert "Bars are the predicted intervals, from the 5 % to the 95 % quantile." in page
+    line = json.loads((run / "predictions.jsonl").read_text().splitlines()[0])
+    low, high = (line["quantiles"]["label_0"][level] for level in ("0.05", "0.95"))
+    assert f"{line['id']}: " in page and '"low":' in page and low < high

@@ -5,13 +5,15 @@ Shapes: S samples of the split, T targets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from markupsafe import Markup
 from torch import Tensor
 
+from mopefuse.core.formatting import share
 from mopefuse.metrics.names import value_metrics, write_metric
 from mopefuse.report.chart import Chart, data_of, make_chart, plain
 from mopefuse.report.pages import Section, fragment
@@ -36,41 +38,55 @@ def values(facts: RunFacts) -> tuple[Tensor, Tensor]:
 
 
 def scatter(facts: RunFacts) -> Section:
-    """Predicted against true values, a chart for each of the first targets."""
-    predicted_ST, actual_ST = values(facts)
-    some = np.linspace(0, len(actual_ST) - 1, min(len(actual_ST), _POINTS)).astype(int).tolist()
-    charts = [
-        _chart(facts, number, name, some, predicted_ST[:, number], actual_ST[:, number])
-        for number, name in enumerate(facts.labels[:_CHARTS])
-    ]
+    """Predicted against true values and, if there are some, predicted intervals: a chart for each of the first targets."""
+    samples = len(facts.targets)
+    some = np.linspace(0, samples - 1, min(samples, _POINTS)).astype(int).tolist()
+    charts = [_chart(facts, number, name, some) for number, name in enumerate(facts.labels[:_CHARTS])]
     caption = "Each dot is a sample; on the line, the prediction is right."
-    if len(some) < len(actual_ST):
-        caption += f" {len(some):,} of {len(actual_ST):,} samples are shown."
+    if quantiles := _quantiles(facts):
+        caption += f" Bars are the predicted intervals, from the {share(quantiles[0])} to the {share(quantiles[-1])} quantile."
+    if len(some) < samples:
+        caption += f" {len(some):,} of {samples:,} samples are shown."
     body = Markup("").join(fragment("figure", chart, caption) for chart in charts)
     return Section("values", "Predicted and true values", body, tuple(charts), half=True)
 
 
-def _chart(facts: RunFacts, number: int, name: str, some: Sequence[int], predicted_S: Tensor, actual_S: Tensor) -> Chart:
+def _quantiles(facts: RunFacts) -> tuple[float, ...]:
+    """The quantiles that a model predicts; empty if it predicts no interval."""
+    assert isinstance(facts.task, Regression)
+    return facts.task.quantiles if len(facts.task.quantiles) > 1 else ()
+
+
+def _chart(facts: RunFacts, number: int, name: str, some: Sequence[int]) -> Chart:
     import altair as alt
 
+    assert isinstance(facts.task, Regression)
+    bounds = facts.task.interval(facts.logits_SN) if _quantiles(facts) else ()
+    columns = ["actual", "predicted", *(("low", "high") if bounds else ())]
+    predicted_ST, actual_ST = values(facts)
+    numbers = torch.stack([actual_ST, predicted_ST, *bounds], dim=-1)[some, number].tolist()
     rows = facts.data.splits[facts.split].rows
-    points = [(rows[i].id, float(actual_S[i]), float(predicted_S[i])) for i in some]
-    dots = [
-        {"actual": actual, "predicted": predicted, "tip": f"{identity}: {plain(actual)}, predicted {plain(predicted)}"}
-        for identity, actual, predicted in points
-    ]
-    both = [value for _, *pair in points for value in pair]
-    ends = [{"actual": value, "predicted": value} for value in (min(both), max(both))]
-    scale = alt.Scale(domain=[min(both), max(both)], nice=True, zero=False)
+    points = [(rows[i].id, dict(zip(columns, point, strict=True))) for i, point in zip(some, numbers, strict=True)]
+    dots = [{**point, "tip": _tip(identity, point)} for identity, point in points]
+    ends = [{"actual": value, "predicted": value} for value in (np.min(numbers), np.max(numbers))]
+    scale = alt.Scale(domain=[end["actual"] for end in ends], nice=True, zero=False)
     x = alt.X("actual:Q", scale=scale, axis=alt.Axis(title=f"true {name}", grid=False, tickCount=5))
-    y = alt.Y("predicted:Q", scale=scale, axis=alt.Axis(title=f"predicted {name}", domain=False, ticks=False))
-    layers: list[Any] = [
-        alt.Chart(data_of(ends)).mark_line(style="reference").encode(x=x, y=y),
-        alt.Chart(data_of(dots)).mark_circle(opacity=0.6, size=30).encode(x=x, y=y, tooltip=alt.Tooltip("tip:N")),
-    ]
-    table = [[identity, plain(actual), plain(predicted)] for identity, actual, predicted in points[:_IN_TABLE]]
+    y_axis = alt.Axis(title=f"predicted {name}", domain=False, ticks=False)
+    y, low = (alt.Y(f"{column}:Q", scale=scale, axis=y_axis) for column in ("predicted", "low"))
+    base = alt.Chart(data_of(dots)).encode(x=x)
+    layers: list[Any] = [alt.Chart(data_of(ends)).mark_line(style="reference").encode(x=x, y=y)]
+    if bounds:
+        layers.append(base.mark_rule(style="spread", opacity=0.35).encode(y=low, y2="high:Q"))
+    layers.append(base.mark_circle(opacity=0.6, size=30).encode(y=y, tooltip=alt.Tooltip("tip:N")))
+    table = [[identity, *map(plain, point.values())] for identity, point in points[:_IN_TABLE]]
     label = f"predicted {name} against true {name}"
-    return make_chart(f"values-{number}", label, layers, ["id", "true", "predicted"], table, height=300)
+    heads = ["id", "true", "predicted", *(("from", "to") if bounds else ())]
+    return make_chart(f"values-{number}", label, layers, heads, table, height=300)
+
+
+def _tip(identity: str, point: Mapping[str, float]) -> str:
+    interval = f", {plain(point['low'])} to {plain(point['high'])}" if "low" in point else ""
+    return f"{identity}: {plain(point['actual'])}, predicted {plain(point['predicted'])}{interval}"
 
 
 def scores(facts: RunFacts) -> Section:
