@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import call, write_rows
+from conftest import PLAIN, call, ranks, write_rows
 from PIL import Image
 from test_values import SPECS, WORDS
 
+import mopefuse
+from mopefuse.errors import MopefuseError
 from mopefuse.metrics.names import write_change, write_metric, write_number
 
 
@@ -92,3 +94,54 @@ def test_the_page_draws_predicted_intervals(run: Path) -> None:
     line = json.loads((run / "predictions.jsonl").read_text().splitlines()[0])
     low, high = (line["quantiles"]["label_0"][level] for level in ("0.05", "0.95"))
     assert f"{line['id']}: " in page and '"low":' in page and low < high
+
+
+def test_a_missing_modality_costs_r2_and_is_shown_as_a_decimal(run: Path) -> None:
+    done = call("eval", run, "--missing", "text=0.5", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    (saved,) = (json.loads(path.read_text()) for path in run.glob("missing-test-*.json"))
+    (r2,) = (cell["metrics"]["r2"] for cell in saved["cells"])
+    assert f" {r2:.3f}" in done.stdout and "%" not in done.stdout.splitlines()[-1].replace("50 %", "")
+    assert call("eval", run, "--missing", "grid", "--device", "cpu").returncode == 0
+    assert call("report", run, "--device", "cpu").returncode == 0
+    assert "Where a modality is missing" in (run / "report.html").read_text()
+
+
+def test_two_processes_train_and_test_like_one(offers: Path, tmp_path: Path) -> None:
+    options = ("--data", offers, "--epochs", "1", "--experts", "2", "--batch", "32", "--warm-start", "none")
+    plain = (*PLAIN, "--set", "prompts.dropout=0", "--set", "router.noise=false")
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        done = ranks(processes, "train", *SPECS, *options, *plain, "--out", out)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads((out / "metrics.json").read_text())["metrics"]["test"])
+        assert len((out / "predictions.jsonl").read_text().splitlines()) == 30
+    assert results[0] == pytest.approx(results[1], abs=1e-3)
+
+
+def test_settings_about_classes_say_that_they_have_no_effect(offers: Path, tmp_path: Path) -> None:
+    options = ("--method", "linear", "--fold-labels", "--allow-odd-labels")
+    done = call("train", *SPECS, "--data", offers, "--out", tmp_path / "run", *options)
+    assert done.returncode == 0, done.stderr
+    for flag in ("--fold-labels", "--allow-odd-labels"):
+        assert f"{flag} has no effect: the task is regression" in done.stderr
+    done = call("predict", tmp_path / "run", offers / "test.jsonl", "--top", "1", "--device", "cpu")
+    assert done.returncode == 0 and "--top has no effect: the task is regression" in done.stderr
+
+
+def test_an_export_speaks_of_values(run: Path, tmp_path: Path) -> None:
+    done = call("export", run, "--format", "onnx", "--int8", "-o", tmp_path / "bundle")
+    assert done.returncode == 0, done.stderr
+    assert "largest difference of standardised values" in done.stdout and "label" not in done.stdout
+    card = (tmp_path / "bundle" / "README.md").read_text()
+    assert "standardised values" in card and "logits" not in card and "validation r2 after 8-bit weights" in card
+
+
+def test_a_model_of_a_run_can_be_saved_as_an_adapter(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(MopefuseError, match=r"needs a model from build_fusion or load_model, got RunModel") as error:
+        mopefuse.save_adapter(mopefuse.load(run, device="cpu").model, tmp_path / "adapter")  # type: ignore[arg-type]
+    assert "pass mopefuse.load_model(RUN)" in error.value.fix
+    saved = mopefuse.save_adapter(mopefuse.load_model(run, device="cpu"), tmp_path / "adapter", labels=["price", "size"])
+    (value,) = mopefuse.load(saved, device="cpu").predict([Image.new("RGB", (16, 16))], ["red large"])
+    assert value["value"].keys() == value["quantiles"].keys() == {"price", "size"}

@@ -89,8 +89,8 @@ def _print(result: Exported) -> None:
         parity = result.parity
         milliseconds = parity.milliseconds
         rows = [
-            ["largest difference of logits", f"{parity.max_difference:.2g}"],
-            ["same labels", f"{percent(parity.labels_agree)} of {parity.probes}"],
+            [f"largest difference of {parity.outputs}", f"{parity.max_difference:.2g}"],
+            ["same predictions", f"{percent(parity.labels_agree)} of {parity.probes}"],
             [f"one row, {parity.threads} threads: exported", f"{milliseconds['graph']:.1f} ms"],
             [f"one row, {parity.threads} threads: PyTorch", f"{milliseconds['model']:.1f} ms"],
         ]

@@ -77,6 +77,7 @@ def predict(
         if rank:
             deque(predictions, maxlen=0)
             return
+    _note_top(top, predictor.model)
     errors: list[dict[str, str]] = []
     count = _write(predictions, out, predictor, errors)
     _summarise(count, errors, str(source))
@@ -110,6 +111,14 @@ def _check(source: str | None, image: Path | None, text: str | None, out: Path |
     if path.suffix.lower() in _IMAGES:
         fix = f"write --image {source} --text TEXT"
         raise ConfigError(ConfigCode.INPUT_IS_AN_IMAGE, f"{source} is an image, not a table of rows", where="predict", fix=fix)
+
+
+def _note_top(top: int | None, model: LoadedModel) -> None:
+    """Print a notice if there are no probabilities to choose from."""
+    from mopefuse.cli._render import err
+
+    if top is not None and not model.task.is_classification:
+        err().print(f"--top has no effect: the task is {model.task}", markup=False)
 
 
 def _summarise(count: int, errors: list[dict[str, str]], source: str) -> None:

@@ -127,6 +127,7 @@ class ConfigCode(ErrorCode):
     METHOD_OF_OTHER_TASK = 401
     MAIN_WITHOUT_GRID = 402
     FIT_OF_OTHER_TASK = 403
+    NOT_A_TRAINED_MODEL = 430
 
 
 @unique

@@ -54,9 +54,14 @@ def save_adapter(
         The folder.
 
     Raises:
-        ConfigError: no labels or not as many as logits, thresholds that do not fit, or `out` is taken.
+        ConfigError: `model` is not such a model, no labels or not as many as logits, thresholds that do not fit, or `out` is
+            taken.
         EncoderError: the weights of a frozen encoder were changed or converted. NumericError: weights that are not finite.
     """
+    if not isinstance(model, Fusion):
+        what = f"save_adapter needs a model from build_fusion or load_model, got {type(model).__name__}"
+        fix = "pass mopefuse.load_model(RUN), or run mopefuse export RUN --format adapter"
+        raise ConfigError(ConfigCode.NOT_A_TRAINED_MODEL, what, where="model", fix=fix)
     folder = Path(out)
     remove_leftovers(folder.absolute().parent, folder.name)
     with python_names():
@@ -138,7 +143,7 @@ def _names_of(model: Fusion, labels: Sequence[str] | None) -> tuple[str, ...]:
         raise ConfigError(
             ConfigCode.MODEL_WITHOUT_LABEL_NAMES, "the model has no names for its labels", where="labels", fix=fix
         )
-    if len({*names}) < len(names) or (model.num_labels and len(names) != model.num_labels):
+    if len({*names}) < len(names) or (model.num_labels and model.task.outputs(names) != model.num_labels):
         what = f"{len(names)} label names ({len({*names})} distinct) were given for {model.num_labels} logits"
         raise ConfigError(ConfigCode.LABEL_NAMES_DO_NOT_FIT_MODEL, what, where="labels", fix="pass one name for each logit")
     return names

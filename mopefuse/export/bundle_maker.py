@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,12 @@ class Parity:
     """How closely a graph agrees with the model that it was made from, over all probes.
 
     Args:
-        max_difference: largest absolute difference of logits. labels_agree: share of probes with the same predicted labels.
+        outputs: what a model returns, in words. max_difference: largest absolute difference of them.
+        labels_agree: share of probes with the same prediction.
         milliseconds: median time of one pair, by "graph" and "model", with the same number of threads.
     """
 
+    outputs: str
     max_difference: float
     labels_agree: float
     probes: int
@@ -118,7 +120,7 @@ class Maker:
     def _quantise(self, bundle: Bundle, file: Path) -> Bundle:
         self.notice("evaluating the validation split")
         config = self.loaded.config.data
-        data = load_data(config, require=("val",))
+        data = replace(load_data(config, require=("val",)), task=bundle.task)
         known: dict[str, Any] = {"thresholds": self.loaded.thresholds, "distributed_outputs": False}
         before = score(bundle_outputs(bundle, data, "val", config), data, "val", **known).metrics
         graph.quantise(file)
@@ -145,7 +147,7 @@ class Maker:
     def _write_card(self, folder: Path) -> None:
         assert self.parity is not None
         found = f"{self.parity.max_difference:.2g}, in {self.parity.probes} probes"
-        checks = {"largest difference of its logits from the model's": found}
+        checks = {f"largest difference of its {self.parity.outputs} from the model's": found}
         for when, metrics in (self.manifest.get("int8") or {}).items():
             name = self.loaded.model.task.metric
             checks[f"validation {name} {when} 8-bit weights"] = f"{metrics[name]:.4f}"
@@ -223,13 +225,15 @@ def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Seq
         found = bundle.run(theirs)
         worst = max(worst, _difference(found[0], wanted[0]))
         routed = max(routed, 0.0 if found[1] is None else _difference(found[1], wanted[1]))
-        agree += int((_predicted_labels(found[0], bundle) == _predicted_labels(wanted[0], bundle)).all(axis=-1).sum())
+        changed_B = bundle.task.changed(torch.from_numpy(found[0]), torch.from_numpy(wanted[0]), bundle.thresholds)
+        agree += int((~changed_B).sum())
     count = sum(map(len, groups))
     if not max(worst, routed) <= TOLERANCE:
         what = f"the exported graph's outputs differ by {max(worst, routed):.2g}, more than {TOLERANCE:g}"
-        where = f"{agree} of {count} labels agree"
+        where = f"{agree} of {count} predictions agree"
         raise GateError(GateCode.EXPORT_DIFFERS, what, where=where, fix="use --format adapter, and report this bug")
     return Parity(
+        outputs="standardised values" if bundle.task.label_kind == "number" else "logits",
         max_difference=worst,
         labels_agree=agree / count,
         probes=count,
@@ -247,15 +251,6 @@ def _difference(found: Array, wanted: Array) -> float:
             fix="use a different --checkpoint",
         )
     return float(np.abs(found - wanted).max())
-
-
-def _predicted_labels(logits_BN: Array, bundle: Bundle) -> Array:
-    """The predicted labels: a mask (B, N) for multi-label models, else the index of the most likely one (B, 1), or of that of
-    each pixel (B, h w).
-    """
-    if bundle.task.uses_thresholds:
-        return logits_BN >= np.log(np.array(bundle.thresholds) / (1 - np.array(bundle.thresholds) + 1e-12))
-    return np.asarray(logits_BN.argmax(axis=1).reshape(len(logits_BN), -1))
 
 
 def _times(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Sequence[Any]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from mopefuse.config.encoder_sides import is_comp
+from mopefuse.config.flags import flag_of
 from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import DataSet
 from mopefuse.fusion.base import Fusion
@@ -52,6 +53,9 @@ def _poorly_tuned_thresholds(config: RunConfig, data: DataSet) -> Iterator[str]:
 def _settings_without_effect(config: RunConfig, model: Fusion) -> Iterator[str]:
     if model.task.is_classification and config.regression != RunConfig(main="", comp="").regression:
         yield f"the settings of regression have no effect: the task is {model.task}"
+    if not model.task.is_classification:
+        labels = {"data.fold_labels": config.data.fold_labels, "data.allow_odd_labels": config.data.allow_odd_labels}
+        yield from (f"{flag_of(path)} has no effect: the task is {model.task}" for path, chosen in labels.items() if chosen)
     for section in model.unused_sections():
         yield f"{config.method} does not use the settings of {section}"
 
