@@ -272,11 +272,11 @@ def test_a_column_of_prices_is_refused_as_classes_unless_it_is_allowed(tmp_path:
     path = table(tmp_path / "data", prices(40))
     refused = train(path, tmp_path / "no", "--task", "single-label")
     assert (refused.returncode, "--task regression" in refused.stderr) == (4, True)
-    alone = train(path, tmp_path / "no", "--allow-odd-labels")
+    alone = train(path, tmp_path / "no", "--task", "single-label", "--allow-odd-labels")
     assert "no row of train can be held out for val" in alone.stderr
     table(path.parent, prices(40) * 2)
     assert train(path, tmp_path / "no", "--task", "single-label").returncode == 4
-    done = train(path, tmp_path / "run", "--allow-odd-labels")
+    done = train(path, tmp_path / "run", "--task", "single-label", "--allow-odd-labels")
     assert done.returncode == 0, done.stderr
     assert "labels: labels are numbers" in done.stderr
     assert "allow_odd_labels: true" in (tmp_path / "run" / "config.yaml").read_text()

@@ -113,9 +113,10 @@ def _show_labels(report: Report) -> None:
 
 
 def _show_numbers(report: Report) -> None:
-    columns = [name.replace("_", " ") for name in next(iter(report.numbers.values()))]
-    rows = [[split, *(f"{value:,.5g}" for value in found.values())] for split, found in report.numbers.items()]
-    table("labels are numbers (task regression)", ["split", *columns], rows)
+    found = [(split, target, numbers) for split, each in report.numbers.items() for target, numbers in each.items()]
+    columns = [name.replace("_", " ") for name in found[0][2]]
+    rows = [[split, visible(target), *(f"{value:,.5g}" for value in numbers.values())] for split, target, numbers in found]
+    table("labels are numbers (task regression)", ["split", "target", *columns], rows, left=(0, 1))
 
 
 def _show_texts(report: Report) -> None:

@@ -57,7 +57,7 @@ class Report:
         findings: errors first, then by kind, split and line.
         splits: counts of each split, see `mopefuse.data.summary.describe_split`.
         trained: rows and labels of each split as training uses them; empty unless rows are held out or drawn.
-        balance: rows of each split, by label. numbers: of a regression, a summary of the labels of each split.
+        balance: rows of each split, by label. numbers: of a regression, a summary of each target of each split.
         task: what a label is.
         leaks: rows that share a value with train, by split and modality.
         seconds: time for reading tables and files, or their index in the cache.
@@ -72,7 +72,7 @@ class Report:
     splits: dict[str, dict[str, Any]]
     trained: dict[str, dict[str, int]]
     balance: dict[str, dict[str, int]]
-    numbers: dict[str, dict[str, float]]
+    numbers: dict[str, dict[str, dict[str, float]]]
     task: str
     texts: Texts
     leaks: dict[str, dict[str, int]]
@@ -189,7 +189,7 @@ def check(
         splits={name: describe_split(index, _bad_rows(index)) for name, index in indexes.items()},
         trained=_count_trained(parts) if _differs_in_training(config) and not refused else {},
         balance=_balance(indexes, labels, task),
-        numbers=summarize_splits(indexes) if task.label_kind == "number" else {},
+        numbers=summarize_splits(indexes, config) if task.label_kind == "number" else {},
         task=task.name,
         texts=texts,
         leaks=_count_leaks(leaks, parts, reading.modalities),

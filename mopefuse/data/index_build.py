@@ -88,17 +88,19 @@ def build(
 def read_rows(table: Table, split: str, modalities: Sequence[str], config: DataConfig, digest: str = "") -> Index:
     """Build the index of a split from one pass over its table; files are not read, and nothing is cached."""
     rows = _IndexBuilder(table, split, modalities, config)
-    for found in table.rows():
-        named = _named_split(found, config)
-        if named not in SPLITS or named == split:
-            rows.add(found, named)
+    rows.add_all()
+    if rows.of_other_kind > len(rows.line_of):  # numbers among texts, or the opposite, and the first row is one of the few
+        rows = _IndexBuilder(table, split, modalities, config, numeric=not rows.numeric)
+        rows.add_all()
     return rows.build(digest)
 
 
 class _IndexBuilder:
     """Collects the rows of a split, one at a time."""
 
-    def __init__(self, table: Table, split: str, modalities: Sequence[str], config: DataConfig) -> None:
+    def __init__(
+        self, table: Table, split: str, modalities: Sequence[str], config: DataConfig, *, numeric: bool | None = None
+    ) -> None:
         self.table, self.split, self.config = table, split, config
         self.layout = Layout.from_config(modalities, config)
         self.used_columns = {self.layout.identity, self.layout.label, *self.layout.columns.values()}
@@ -106,9 +108,17 @@ class _IndexBuilder:
         self.rewritten = bytearray()  # JSON lines, of a table in another format
         self.places, self.lines, self.lists, self.labels = array("q"), array("q"), bytearray(), LabelsBuilder()
         self.line_of: dict[str, int] = {}  # by id, in the order of the rows
-        self.numeric: bool | None = None  # whether labels are numbers, as that of the first valid row is
+        self.numeric = numeric  # whether labels are numbers; None until the first valid row
+        self.of_other_kind = 0  # rows that are otherwise valid
         self.problems: list[Problem] = []
         self.left_out: Counter[str] = Counter()
+
+    def add_all(self) -> None:
+        """Add the rows of the split, and those that name no split."""
+        for found in self.table.rows():
+            named = _named_split(found, self.config)
+            if named not in SPLITS or named == self.split:
+                self.add(found, named)
 
     def add(self, found: TableRow, named_split: str | None) -> None:
         """Add a row, or its problem.
@@ -143,6 +153,7 @@ class _IndexBuilder:
         row = check_row(found.value, found.line, self.split, self.layout)
         self.numeric = row.is_number if self.numeric is None else self.numeric
         if row.is_number != self.numeric:
+            self.of_other_kind += 1
             what = f"a number, expected {EXPECTED_LABEL}" if row.is_number else "a string, expected a number, as in other rows"
             raise InvalidRow(f"{self.layout.label} is {what}")
         if row.id in self.line_of:

@@ -10,7 +10,7 @@ from mopefuse.data.cross_row_checks import Indexes
 from mopefuse.data.findings import Finding, finding_of
 from mopefuse.data.known_labels import labels_file
 from mopefuse.data.label_check import locate_suspicious_labels
-from mopefuse.data.labels_task import infer_task, odd_numbers, require_numbers, summarize_numbers
+from mopefuse.data.labels_task import constant_numbers, infer_task, odd_numbers, require_numbers, summarize_numbers
 from mopefuse.data.masks import find_mask_problems
 from mopefuse.errors import DataError
 from mopefuse.tasks.base import Task, get_task
@@ -29,23 +29,24 @@ def find_label_problems(indexes: Indexes, root: Path, config: DataConfig, task: 
     if task.label_kind == "mask":
         return find_mask_problems(indexes, root, config)
     if task.label_kind == "number":
-        return (), list(odd_numbers(indexes)) or _uneven(indexes)
+        found = list(odd_numbers(indexes)) or _uneven(indexes, config)
+        return (), found + (list(constant_numbers(indexes["train"], config)) if "train" in indexes else [])
     labels, found = cross_row_checks.find_labels(indexes, root, config)
     if "train" in indexes:
         found += locate_suspicious_labels(indexes["train"], root, config)
     return labels, [*found, *cross_row_checks.mixed_labels(indexes), *cross_row_checks.unknown_labels(indexes, labels)]
 
 
-def _uneven(indexes: Indexes) -> list[Finding]:
+def _uneven(indexes: Indexes, config: DataConfig) -> list[Finding]:
     """Rows with more or fewer numbers than the first."""
     try:
-        require_numbers({name: (index, index.good()) for name, index in indexes.items()})
+        require_numbers({name: (index, index.good()) for name, index in indexes.items()}, config)
     except DataError as error:
         return [finding_of(error, "label-not-a-number")]
     return []
 
 
-def summarize_splits(indexes: Indexes) -> dict[str, dict[str, float]]:
-    """Summarize the labels of a regression in each split that has some."""
-    found = {name: summarize_numbers(index.labels) for name, index in indexes.items()}
+def summarize_splits(indexes: Indexes, config: DataConfig) -> dict[str, dict[str, dict[str, float]]]:
+    """Summarize each target of a regression in each split that has some numbers."""
+    found = {name: summarize_numbers(index.labels, config) for name, index in indexes.items()}
     return {name: numbers for name, numbers in found.items() if numbers}

@@ -25,6 +25,7 @@ _CODES, _AMOUNTS = 20, 10  # numbers of distinct integers, and of other numbers,
 _LEADING_ZERO = re.compile(r"0\d+")  # found in codes, not in quantities
 _YEARS = 1500, 2100
 _NEARLY_ALL = 0.95  # share of distinct labels that are numbers if the others are mistakes
+_MISTAKES = 0.1  # share of rows without a number that can be mistakes
 
 
 def infer_task(indexes: Mapping[str, Index], config: DataConfig, *, classes_are_listed: bool = False) -> Task:
@@ -34,7 +35,7 @@ def infer_task(indexes: Mapping[str, Index], config: DataConfig, *, classes_are_
     others are single-label.
 
     Args:
-        classes_are_listed: whether a file lists the labels, which are then classes. So are they with `data.allow_odd_labels`.
+        classes_are_listed: whether a file lists the labels, which are then classes.
 
     Raises:
         ConfigError: there is no such task. DataError: the labels are not of the task, or some are lists and some strings.
@@ -50,7 +51,7 @@ def infer_task(indexes: Mapping[str, Index], config: DataConfig, *, classes_are_
             fix = "use --task multi-label" + (", or remove --label-sep" if config.label_sep else "")
             raise DataError(DataCode.MIXED_LABELS, "labels are lists, and the task is single-label", where=place, fix=fix)
         return task
-    if classes_are_listed or config.allow_odd_labels:
+    if classes_are_listed:
         return get_task("multi-label" if lists else "single-label")
     index, rows = parts["train"] if "train" in parts else next(iter(parts.values()), (None, np.zeros(0, np.int64)))
     if index is not None and config.label_sep in (None, LIST) and _are_quantities(index, rows):
@@ -100,7 +101,7 @@ def look_like_quantities(labels: Collection[str], rows: int) -> bool:
     return not is_rating and (len(numbers) > _AMOUNTS or 2 * len(numbers) >= rows)
 
 
-def require_numbers(parts: Mapping[str, tuple[Index, Numbers]]) -> int:
+def require_numbers(parts: Mapping[str, tuple[Index, Numbers]], config: DataConfig) -> int:
     """Check that every row has the same number of labels, all of them numbers; returns how many.
 
     Raises:
@@ -115,9 +116,7 @@ def require_numbers(parts: Mapping[str, tuple[Index, Numbers]]) -> int:
             row = int(rows[labels.first_rows()[name]])
             others = f", nor are those of {total - 1} other rows" if total > 1 else ""
             what = f"the label {name!r:.60} is not a number{others}"
-            mistakes = total <= len(rows) / 10
-            fix = "correct or remove the rows, or add --on-bad skip" if mistakes else "use --task single-label"
-            raise DataError(DataCode.NOT_A_NUMBER, what, where=index.place(row), fix=fix)
+            raise DataError(DataCode.NOT_A_NUMBER, what, where=index.place(row), fix=_fix_of_odd_rows(index, config))
         lengths = np.diff(labels.start_S1)
         count = count or (int(lengths[0]) if len(lengths) else 0)
         odd = np.flatnonzero(lengths != max(count, 1))
@@ -126,6 +125,26 @@ def require_numbers(parts: Mapping[str, tuple[Index, Numbers]]) -> int:
             place = index.place(int(rows[odd[0]]))
             raise DataError(DataCode.NOT_A_NUMBER, what, where=place, fix="give every row the same number of numbers")
     return max(count, 1)
+
+
+def _odd_rows(index: Index) -> NDArray[np.bool_]:
+    """Whether a label of a row is not a number (S,)."""
+    odd_U = np.isnan(_values(index.labels))
+    odd_S = np.zeros(len(index.lines_S), dtype=bool)
+    rows = np.repeat(np.arange(len(odd_S)), np.diff(index.labels.start_S1))
+    odd_S[rows[odd_U[index.labels.code_Z]]] = True
+    return odd_S
+
+
+def _fix_of_odd_rows(index: Index, config: DataConfig) -> str:
+    """What to do about rows whose label is not a number."""
+    share = _odd_rows(index).mean()
+    if share > _MISTAKES:
+        return "use --task single-label"
+    if share <= config.max_bad_fraction:
+        return "correct or remove the rows, or add --on-bad skip"
+    skip = "" if config.on_bad == "skip" else "add --on-bad skip and "
+    return f"correct or remove the rows, or {skip}raise data.max_bad_fraction, which is {config.max_bad_fraction:g}"
 
 
 def without_bad_numbers(indexes: dict[str, Index], config: DataConfig) -> tuple[dict[str, Index], dict[str, list[Problem]]]:
@@ -138,10 +157,7 @@ def without_bad_numbers(indexes: dict[str, Index], config: DataConfig) -> tuple[
         return indexes, {}
     found, problems = {}, {}
     for name, index in indexes.items():
-        odd_U = np.isnan(_values(index.labels))
-        odd_S = np.zeros(len(index.lines_S), dtype=bool)
-        rows = np.repeat(np.arange(len(odd_S)), np.diff(index.labels.start_S1))
-        odd_S[rows[odd_U[index.labels.code_Z]]] = True
+        odd_S = _odd_rows(index)
         few = 0 < odd_S.sum() <= config.max_bad_fraction * len(odd_S)
         found[name] = replace(index, left_out_S=odd_S) if few else index
         if few:
@@ -162,15 +178,31 @@ def odd_numbers(indexes: Mapping[str, Index]) -> Iterator[Finding]:
                 yield finding_at(index, first[name], "label-not-a-number", message, code=code, rows=count)
 
 
-def summarize_numbers(labels: Labels) -> dict[str, float] | None:
-    """Lowest and highest number among the labels, their quartiles and mean, each row counted; None if there are none."""
-    value_Z = _values(labels)[labels.code_Z]
-    value_Z = value_Z[~np.isnan(value_Z)]
-    if not len(value_Z):
-        return None
-    names = ("lowest", "quarter", "median", "three_quarters", "highest")
-    found = dict(zip(names, np.quantile(value_Z, (0, 0.25, 0.5, 0.75, 1)).tolist(), strict=True))
-    return {**found, "mean": float(value_Z.mean())}
+def summarize_numbers(labels: Labels, config: DataConfig) -> dict[str, dict[str, float]]:
+    """Lowest and highest number of each target, quartiles and mean, each row counted; targets without a number are left out.
+
+    Rows that have more or fewer numbers than most rows are not counted.
+    """
+    lengths = np.diff(labels.start_S1)
+    count = int(np.bincount(lengths).argmax()) if len(lengths) else 0
+    places_ST = labels.start_S1[:-1][lengths == count][:, None] + np.arange(count)
+    summaries: dict[str, dict[str, float]] = {}
+    for name, value_S in zip(target_names(config, count), _values(labels)[labels.code_Z][places_ST].T, strict=True):
+        value_S = value_S[~np.isnan(value_S)]
+        if len(value_S):
+            quantiles = np.quantile(value_S, (0, 0.25, 0.5, 0.75, 1)).tolist()
+            found = dict(zip(("lowest", "quarter", "median", "three_quarters", "highest"), quantiles, strict=True))
+            summaries[name] = {**found, "mean": float(value_S.mean())}
+    return summaries
+
+
+def constant_numbers(train: Index, config: DataConfig) -> Iterator[Finding]:
+    """Yield a finding for each target whose number is the same in all rows of train."""
+    for name, found in summarize_numbers(train.labels, config).items():
+        if found["lowest"] == found["highest"]:
+            message, code = f"{name} is {found['lowest']:g} in all rows, so there is nothing to learn", DataCode.ONE_CLASS.text
+            hint = "specify the label column with --label-col"
+            yield Finding(kind="one-class", split="train", where=train.file, message=message, hint=hint, code=code)
 
 
 def _values(labels: Labels) -> NDArray[np.float64]:

@@ -68,7 +68,7 @@ def load_data(
     if task.label_kind == "mask":
         task, labels = find_classes(parts, roots[0], config)
     elif task.label_kind == "number":
-        labels = target_names(config, require_numbers(parts))
+        labels = target_names(config, require_numbers(parts, config))
     else:
         labels = known_labels(roots[0], splits, config, label_warnings)
     return DataSet(

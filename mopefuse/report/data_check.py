@@ -73,7 +73,9 @@ def check_page(report: Report, *, name: str, summary: str, columns: Sequence[str
         splits=splits,
         kinds=_kinds(report),
         balance=_balance(report),
-        numbers=[(split, *found.values()) for split, found in report.numbers.items()],
+        numbers=[
+            (split, target, found.values()) for split, each in report.numbers.items() for target, found in each.items()
+        ],
         later=[split for split in _LATER if split in report.splits],
         several=report.task == "multi-label",
         ratio=f"{ratio:.3g}" if ratio else "",

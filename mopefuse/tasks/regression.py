@@ -115,12 +115,13 @@ class Regression(Task):
         Raises:
             DataError: all numbers of a target are equal.
         """
-        deviation_T = numbers_ST.std(axis=0)
-        if not (deviation_T > 0).all():
-            what = "all training rows have the same number as label, so there is nothing to learn"
+        same = np.flatnonzero(numbers_ST.min(axis=0) == numbers_ST.max(axis=0))
+        if len(same):
+            which = f", number {same[0] + 1} of {numbers_ST.shape[1]}" if numbers_ST.shape[1] > 1 else ""
+            what = f"all training rows have the same number as label{which}, so there is nothing to learn"
             raise DataError(DataCode.ONE_CLASS, what, where="train", fix="specify the label column with --label-col")
         how: dict[str, Any] = {"loss": self.loss_name, "delta": self.delta, "quantiles": self.quantiles}
-        return Regression(numbers_ST.mean(axis=0).tolist(), deviation_T.tolist(), **how)
+        return Regression(numbers_ST.mean(axis=0).tolist(), numbers_ST.std(axis=0).tolist(), **how)
 
     def describe(self, labels: Sequence[str]) -> str:
         """See `Task.describe`."""

@@ -1,0 +1,80 @@
+"""Labels that are numbers in tables: which are mistakes, what a check shows, and which column is guessed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import call
+from test_values import table
+
+from mopefuse.data.check import check
+from mopefuse.data.load import load_data
+from mopefuse.errors import MopefuseError
+
+PRICES = [f"{number * 1.37:.2f}" for number in range(100)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "settings", "fix"),
+    [
+        ([*PRICES, "n/a"], {}, "correct or remove the rows, or add --on-bad skip"),
+        (PRICES + ["n/a"] * 3, {}, "add --on-bad skip and raise data.max_bad_fraction, which is 0.01"),
+        (PRICES + ["n/a"] * 3, {"on_bad": "skip"}, "correct or remove the rows, or raise data.max_bad_fraction, which is 0.01"),
+        (PRICES + ["n/a"] * 30, {"task": "regression"}, "use --task single-label"),
+    ],
+    ids=["few", "too many to skip", "skip is set", "no mistakes"],
+)
+def test_the_fix_for_rows_without_a_number_works(labels: list[str], settings: dict[str, Any], fix: str, tmp_path: Path) -> None:
+    config = table(tmp_path, labels, **settings)
+    with pytest.raises(MopefuseError) as error:
+        load_data(config)
+    assert error.value.code == "MF-DATA-400" and error.value.fix.endswith(fix)
+    if "max_bad_fraction" in fix:
+        data = load_data(config.model_copy(update={"on_bad": "skip", "max_bad_fraction": 0.05}))
+        assert len(data.splits["train"].rows) == 100
+
+
+@pytest.mark.parametrize(
+    ("labels", "line", "what"),
+    [
+        (["n/a", 1.5, 2.5, 3.1], 1, "label is a string, expected a number, as in other rows"),
+        ([1.5, "cat", "dog", "cat"], 1, "label is a number, expected a string"),
+        (["cat", "dog", "cat", 1.5], 4, "label is a number, expected a string"),
+    ],
+)
+def test_the_rarer_kind_of_label_is_the_mistake(labels: list[Any], line: int, what: str, tmp_path: Path) -> None:
+    with pytest.raises(MopefuseError, match=what) as error:
+        load_data(table(tmp_path, labels))
+    assert f"1 bad row: train.jsonl:{line} {what}" in error.value.what
+
+
+def test_a_check_shows_each_target(tmp_path: Path) -> None:
+    config = table(tmp_path / "data", [[number * 1000.5, number / 100] for number in range(20)])
+    found = check(config).numbers["train"]
+    assert (found["label_0"]["highest"], found["label_1"]["highest"]) == (19009.5, 0.19)
+    done = call("data", "check", tmp_path / "data", "--html", tmp_path / "page.html")
+    assert "train  label_0" in done.stdout and "train  label_1" in done.stdout
+    assert '<td dir="auto">label_1</td>' in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("labels", "target"), [([0.1] * 30, "label"), ([[row * 1.5, 0.1] for row in range(30)], "label_1")], ids=["one", "two"]
+)
+def test_a_constant_target_is_an_error_of_a_check_and_of_training(labels: list[Any], target: str, tmp_path: Path) -> None:
+    table(tmp_path, labels)
+    done = call("data", "check", tmp_path, "--task", "regression", "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 4 and report["kinds"]["one-class"] == 1
+    (problem,) = (problem for problem in report["problems"] if problem["kind"] == "one-class")
+    assert problem["message"] == f"{target} is 0.1 in all rows, so there is nothing to learn"
+    assert problem["code"] == "MF-DATA-07" and problem["hint"] == "specify the label column with --label-col"
+    options = ("--main", "tiny:vision", "--comp", "tiny:text", "--task", "regression", "--dry-run")
+    done = call("train", "--data", tmp_path, *options)
+    assert done.returncode == 4 and "have the same number as label" in done.stderr, done.stderr
+
+
+def test_odd_labels_are_allowed_without_making_prices_classes(tmp_path: Path) -> None:
+    assert load_data(table(tmp_path, PRICES, allow_odd_labels=True)).task == "regression"
