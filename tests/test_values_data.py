@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import call
-from test_values import table
+from PIL import Image
+from test_values import make_prices, table
 
+from mopefuse.config.schema import Data
 from mopefuse.data.check import check
+from mopefuse.data.guess_columns import guess_columns
 from mopefuse.data.load import load_data
 from mopefuse.errors import MopefuseError
 
@@ -78,3 +82,47 @@ def test_a_constant_target_is_an_error_of_a_check_and_of_training(labels: list[A
 
 def test_odd_labels_are_allowed_without_making_prices_classes(tmp_path: Path) -> None:
     assert load_data(table(tmp_path, PRICES, allow_odd_labels=True)).task == "regression"
+
+
+def columns_of(path: Path, **columns: list[Any]) -> Data:
+    rows = len(next(iter(columns.values())))
+    Image.new("RGB", (8, 8)).save(path / "a.png")
+    with (path / "items.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "img", *columns])
+        writer.writerows([f"some words {row}", "a.png", *(values[row] for values in columns.values())] for row in range(rows))
+    return Data(path=str(path / "items.csv"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "label"),
+    [
+        ({"price": PRICES}, "price"),
+        ({"sku": [7 * number + 1000 for number in range(100)], "price": PRICES}, "price"),
+        ({"price": PRICES, "kind": ["a", "b"] * 50}, "kind"),
+        ({"area": [37 * (number // 2) for number in range(100)]}, "area"),
+    ],
+    ids=["price", "a code and a price", "classes are preferred", "whole numbers"],
+)
+def test_quantities_are_guessed_if_no_column_has_classes(columns: dict[str, list[Any]], label: str, tmp_path: Path) -> None:
+    assert guess_columns(columns_of(tmp_path, **columns)).settings["label_col"] == label
+
+
+@pytest.mark.parametrize(
+    ("columns", "what"),
+    [
+        ({"price": PRICES, "weight": PRICES[::-1]}, "each of the columns price, weight could be the label"),
+        ({"sku": [7 * number + 1000 for number in range(100)]}, "no column has few enough distinct values to be a class, or"),
+    ],
+    ids=["two", "only a code"],
+)
+def test_a_column_that_is_not_guessed_is_named_in_the_error(columns: dict[str, list[Any]], what: str, tmp_path: Path) -> None:
+    with pytest.raises(MopefuseError, match=what) as error:
+        guess_columns(columns_of(tmp_path, **columns))
+    assert "--label-col NAME" in error.value.fix
+
+
+def test_a_check_without_a_label_column_suggests_the_only_column_of_numbers(tmp_path: Path) -> None:
+    prices = make_prices(tmp_path, rows=20)
+    done = call("data", "check", prices, "--split-col", "split")
+    assert done.returncode == 4 and "did you mean --label-col price?" in done.stdout

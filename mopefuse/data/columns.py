@@ -12,6 +12,7 @@ from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.data.tables import Table, columns_in, some_columns
 from mopefuse.errors import ConfigError, DataError, did_you_mean, similar_names
 from mopefuse.modalities import base as modality
+from mopefuse.tasks.regression import parse_number
 
 EXPECTED = ("text", "image")
 """The modalities that are expected if a table has columns of fewer than two."""
@@ -176,7 +177,9 @@ class Layout:
             found += [flag_for(name, other) for other in similar]
             free = [other for other in free if other not in similar]
         if with_label:
-            found += [f"--label-col {other}" for other in _similar(self.label, free, COMMON_LABELS)]
+            numbers = [other for other in free if parse_number(str(row[other])) is not None]
+            similar = _similar(self.label, free, COMMON_LABELS) or (numbers if len(numbers) == 1 else [])
+            found += [f"--label-col {other}" for other in similar]
         return found
 
     def describe(self) -> tuple[object, ...]:

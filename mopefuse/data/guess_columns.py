@@ -1,7 +1,7 @@
 """Guess which column of a table has each modality, the label and the split, from names and from the first rows.
 
-A file is recognised by its existence, a text by its length, a label by having few distinct values. Columns that settings
-name, and columns with a default name, are taken as they are.
+A file is recognised by its existence, a text by its length, a label by having few distinct values, or else by being a
+quantity. Columns that settings name, and columns with a default name, are taken as they are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.error_codes import DataCode
 from mopefuse.data.columns import COMMON_LABELS, EXPECTED, flag_for, get_column
 from mopefuse.data.label_cells import parse_list
+from mopefuse.data.labels_task import look_like_quantities
 from mopefuse.data.tables import IMAGE_SUFFIXES, find_tables, split_column
 from mopefuse.errors import DataError
 from mopefuse.modalities.base import get_modality
@@ -155,13 +156,16 @@ class _Guesser:
             return
         lists = [str(name) for row in self.rows[:1] for name, value in row.items() if isinstance(value, list)]
         found = [column for column in [*self.free, *lists] if column in lists or self._is_label(column)]
+        found = found or self._quantities()
         named = [column for column in found if column.lower() in COMMON_LABELS]
         in_words = [column for column in found if column in lists or not all(map(_is_number, self.cells[column]))]
         if not found:
-            self._refuse("no column has few enough distinct values to be a class, and numbers are not guessed", "")
+            self._refuse("no column has few enough distinct values to be a class, or numbers that are quantities", "")
         column = self._only(named or in_words or found, "", COMMON_LABELS)
         if column in lists:
             self.take("label_col", column, "label", "its cells are lists")
+        elif not self._is_label(column):
+            self.take("label_col", column, "label", "its cells are numbers, and no column has classes")
         else:
             self.take("label_col", column, "label", f"{len(set(self.cells[column])):,} distinct values in the first rows")
 
@@ -172,6 +176,12 @@ class _Guesser:
             return False
         few = len(distinct) >= 2 and _ROWS_PER_LABEL * len(distinct) <= len(cells)
         return few and not any("." in cell and _is_number(cell) for cell in distinct)
+
+    def _quantities(self) -> list[str]:
+        """The columns of quantities: those with fractions, or else those of whole numbers, of which some occur twice."""
+        found = [column for column in self.free if look_like_quantities({*self.cells[column]}, len(self.cells[column]))]
+        with_fractions = [column for column in found if any("." in cell for cell in self.cells[column])]
+        return with_fractions or [column for column in found if len({*self.cells[column]}) < len(self.cells[column])]
 
     def _only(self, found: Sequence[str], modality: str, common: Collection[str]) -> str:
         """The only column of some, or the only one with a common name.
