@@ -126,3 +126,13 @@ def test_a_check_without_a_label_column_suggests_the_only_column_of_numbers(tmp_
     prices = make_prices(tmp_path, rows=20)
     done = call("data", "check", prices, "--split-col", "split")
     assert done.returncode == 4 and "did you mean --label-col price?" in done.stdout
+
+
+def test_several_numbers_are_a_list_in_one_column(tmp_path: Path) -> None:
+    pairs = [[1.37 * row, 1.37 * (row - row % 2)] for row in range(40)]
+    config = columns_of(tmp_path, price=PRICES[:40], weight=PRICES[40:80], both=pairs)
+    with pytest.raises(MopefuseError, match="column not found: price,weight") as error:
+        load_data(config.model_copy(update={"label_col": "price,weight"}))
+    assert "[1.5, 2], in a CSV file with --label-sep list" in error.value.fix
+    data = load_data(config.model_copy(update={"label_col": "both", "label_sep": "list"}), require=("train",))
+    assert data.task == "regression" and data.labels == ("both_0", "both_1"), "also of rows with the same number twice"

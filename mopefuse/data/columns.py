@@ -64,7 +64,7 @@ def modalities_of(tables: Iterable[Table], config: DataConfig, *, lenient: bool 
             readable.append(table)
     absent = [column for column in named if column not in present]
     if absent and len(readable) == len(tables):
-        _refuse_absent_columns(absent, tables)
+        _refuse_absent_columns(absent, tables, config)
     found = {name for name, column in columns.items() if column in present}
     return _check_label_column(sort_modalities(found) if len(found) > 1 else EXPECTED, config)
 
@@ -86,13 +86,15 @@ def _named_columns(config: DataConfig) -> list[str]:
     return [*dict.fromkeys([*named, *config.columns.values()])]
 
 
-def _refuse_absent_columns(absent: Sequence[str], tables: Sequence[Table]) -> None:
+def _refuse_absent_columns(absent: Sequence[str], tables: Sequence[Table], config: DataConfig) -> None:
     """Refuse columns that no row of any table has; tables without rows are reported elsewhere."""
     present = {column for table in tables for column in some_columns(table)}
     if not present:
         return
     near = [other for column in absent for other in similar_names(column, present, most=1)]
     fix = f"did you mean {', '.join(near)}?" if near else did_you_mean("", present)
+    if config.label_col in absent and present.issuperset(part.strip() for part in config.label_col.split(",")):
+        fix = "name one column; several numbers are a list in it, such as [1.5, 2], in a CSV file with --label-sep list"
     raise DataError(
         DataCode.NO_COLUMN, f"column not found: {' or '.join(absent)}", where=", ".join(t.file for t in tables), fix=fix
     )

@@ -8,6 +8,8 @@ import re
 import unicodedata
 from contextlib import suppress
 
+from mopefuse.tasks.regression import parse_number
+
 LIST = "list"
 """The value of `data.label_sep` for cells that contain lists."""
 
@@ -21,14 +23,15 @@ _MAX_LENGTH = 100_000  # characters of a cell that is parsed
 
 
 def split_cell(cell: str, separator: str) -> tuple[str, ...]:
-    """Split a cell into labels, without repetitions; a blank cell has none.
+    """Split a cell into labels, without repetitions unless all are numbers; a blank cell has none.
 
     Args:
         separator: separator of labels, or `LIST`; then a cell that is not a list is one label.
     """
     parts = parse_list(cell) if separator == LIST else cell.split(separator)
-    stripped = (part.strip() for part in ([cell] if parts is None else parts))
-    return tuple(dict.fromkeys(part for part in stripped if not is_blank(part)))
+    labels = [part.strip() for part in ([cell] if parts is None else parts) if not is_blank(part)]
+    are_numbers = all(parse_number(label) is not None for label in labels)
+    return tuple(labels if are_numbers else dict.fromkeys(labels))
 
 
 def parse_list(text: str) -> list[str] | None:
