@@ -15,8 +15,11 @@ from test_fusion import TEXTS, build, images, open_gates
 from test_lora import SMALL_BERT
 from torch import Tensor, nn
 
+from mopefuse.config.schema import build_config
 from mopefuse.core import registry
 from mopefuse.fusion.base import Fusion
+from mopefuse.fusion.build import build_model
+from mopefuse.tasks.segmentation import Segmentation
 
 pytest_plugins = ["families"]
 VIT, SWIN = f"timm:{TIMM['vit']}", f"timm:{TIMM['swin-padded']}"
@@ -135,3 +138,14 @@ def test_swin_gives_the_same_output_in_training_and_evaluation_under_autocast(ga
         trained = model(batch).logits
         with torch.no_grad():
             assert torch.equal(model(batch).logits, trained)
+
+
+@pytest.mark.parametrize("decoder", ["linear", "fpn"])
+@pytest.mark.parametrize("method", list(registry.available(registry.SEGMENTATION)))
+def test_segmentation_runs_in_half_precision(method: str, decoder: str) -> None:
+    task = Segmentation((32, 32), foreground=1)
+    values = {"main": VIT, "comp": SMALL_BERT, "method": method, "segmentation": {"decoder": decoder}}
+    runs_on_fake_cuda(build_model(build_config(values), 2, task))
+    with FAKE:
+        outputs, targets = torch.randn(3, 2, 8, 8, device="cuda"), torch.zeros(3, 32, 32, dtype=torch.uint8, device="cuda")
+        assert task.loss(outputs.half(), targets).shape == (3,)

@@ -37,11 +37,13 @@ class Decoder(nn.Module):
 
     def project(self, maps_BgGD: Sequence[Tensor], features_BC: Mapping[str, Tensor]) -> list[Tensor]:
         """Project each level to (B, W, g, G), and add the projected features."""
-        added_BW = sum((self.features[side](feature_BC) for side, feature_BC in features_BC.items()), torch.zeros(()))
+        added = [self.features[side](feature_BC)[:, None, None] for side, feature_BC in features_BC.items()]
         found = []
         for norm, level, map_BgGD in zip(self.norms, self.levels, maps_BgGD, strict=True):
-            projected = level(norm(map_BgGD))
-            found.append((projected + added_BW[:, None, None] if features_BC else projected).movedim(-1, 1))
+            projected_BgGW = level(norm(map_BgGD))
+            for added_B11W in added:
+                projected_BgGW = projected_BgGW + added_B11W
+            found.append(projected_BgGW.movedim(-1, 1))
         return found
 
 
