@@ -157,6 +157,14 @@ def test_a_text_that_is_the_name_of_a_class_selects_its_pixels(tmp_path: Path) -
     assert code_of(lambda: load_data(Data(path=str(folder)))) == "MF-DATA-403"
 
 
+def test_a_task_that_is_given_decides_what_paths_are(tmp_path: Path) -> None:
+    config = Data(path=str(write_scenes(tmp_path, (0, 1, 2))))
+    classes = config.model_copy(update={"task": "single-label", "allow_odd_labels": True, "on_bad": "skip"})
+    assert code_of(lambda: load_data(classes)) == "MF-DATA-06"  # each path is a class, and those of val are new
+    assert load_data(config).task == "segmentation"
+    assert load_data(config.model_copy(update={"task": "segmentation"})).task == "segmentation"
+
+
 def test_val_masks_have_the_classes_of_train(tmp_path: Path) -> None:
     folder = write_scenes(tmp_path, (0, 1, 2))
     Image.fromarray(np.full((24, 32), 9, dtype=np.uint8)).save(folder / "masks" / "val-1.png")

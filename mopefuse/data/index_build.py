@@ -27,7 +27,7 @@ from mopefuse.data.rows import EXPECTED_LABEL, InvalidRow, RowSkipped, ValidRow,
 from mopefuse.data.tables import Table, TableRow, split_named
 from mopefuse.modalities import base as modality
 from mopefuse.modalities.files import FileInfo, Files, inspect_files
-from mopefuse.modalities.masks import MASKS
+from mopefuse.modalities.masks import MASKS, SUFFIX
 from mopefuse.modalities.masks import NAME as MASK
 
 VERSION = 2  # version of the definition of a row; it is part of the fingerprint by which a run recognises its data
@@ -220,7 +220,7 @@ class _ValuesBuilder:
 def _masks(labels: Labels, config: DataConfig) -> FileValues | None:
     """The masks that labels name, which have not been checked yet: for segmentation, or if each label is a PNG file."""
     one_each = len(labels) > 0 and bool((np.diff(labels.start_S1) == 1).all())
-    are_files = config.task is None and all(name.lower().endswith(".png") for name in labels.names)
+    are_files = config.task is None and all(name.lower().endswith(SUFFIX) for name in labels.names)
     if not one_each or not (are_files or config.task == "segmentation"):
         return None
     return FileValues(labels.code_Z.astype(np.int64), [*labels.names], [FileInfo()] * len(labels.names))

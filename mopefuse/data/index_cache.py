@@ -29,7 +29,7 @@ def make_key(digest: str, roots: Sequence[Path], config: DataConfig) -> str:
     Args:
         digest: see `Index.digest`. roots: folders that may contain files.
     """
-    masks = config.task == "segmentation"
+    masks = config.task if config.task in (None, "segmentation") else ""  # whether labels can be masks
     return cache.make_key(VERSION, digest, config.on_missing, masks, *(root.resolve() for root in roots))
 
 

@@ -22,6 +22,7 @@ from mopefuse.data.known_labels import labels_file
 from mopefuse.data.label_cells import normalise, parse_list
 from mopefuse.data.labels_task import look_like_quantities
 from mopefuse.errors import DataError
+from mopefuse.modalities.masks import SUFFIX
 from mopefuse.tasks.regression import parse_number
 
 _FEW = 10  # number of classes that is always accepted
@@ -179,6 +180,8 @@ def _many(counts: Mapping[str, int], rows: int, causes: Iterable[SuspiciousLabel
     what = f"{len(counts):,} distinct labels in {rows:,} training rows{times}, such as {_quote(first)}: more than a third"
     numbers = sum(parse_number(label) is not None for label in counts)
     usual = f"to predict numbers, use --task regression, or {_COLUMN}" if 2 * numbers > len(counts) else _COLUMN
+    if first.lower().endswith(SUFFIX):
+        usual = f"if labels are masks, use --task segmentation, or {_COLUMN}"
     fix = next((cause.fix for cause in causes), usual)
     yield SuspiciousLabels(kind="many-labels", message=what, fix=f"{fix}; {_INTENDED}", label=first, rows=rows)
 

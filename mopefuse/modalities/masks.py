@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # bundles run without pydantic
 
 Mask = NDArray[np.uint8]  # (h, w)
 NAME = "mask"
+SUFFIX = ".png"
 _KINDS = {
     PathCode.OUTSIDE_ROOT.text: "unsafe-path",
     MISSING: "missing-mask",
