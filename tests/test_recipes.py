@@ -71,8 +71,9 @@ def test_the_data_command_of_a_recipe_writes_where_the_recipe_reads(path: Path, 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
 def test_two_steps_run_on_tiny_encoders_and_data(path: Path, pairs: Path, tmp_path: Path) -> None:
     flags = {"main": "tiny:vision", "comp": "tiny:text", "data.path": str(pairs), "train.max_steps": 2, "train.batch_size": 4}
-    flags |= {"data.workers": 0, "data.label_col": "label", "data.val_fraction": None, "data.test_fraction": None}
-    result = train(resolve(recipe=str(path), flags=flags), tmp_path / "run")
+    flags |= {"data.workers": 0, "data.label_col": "label"}
+    whole = ("data.val_fraction=null", "data.test_fraction=null")
+    result = train(resolve(recipe=str(path), flags=flags, sets=whole), tmp_path / "run")
     assert result["steps"] == 2
     assert result["metrics"]["test"]["accuracy"] >= 0
 
