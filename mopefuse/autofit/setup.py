@@ -10,14 +10,16 @@ from typing import Any
 from mopefuse.config.encoder_sides import Comp
 from mopefuse.config.recipe import data_settings
 from mopefuse.config.schema import Data
-from mopefuse.core.error_codes import EncoderCode
+from mopefuse.core import registry
+from mopefuse.core.error_codes import ConfigCode, EncoderCode
 from mopefuse.data.columns import EXPECTED
 from mopefuse.data.guess_columns import guess_columns
 from mopefuse.data.load import load_data
 from mopefuse.data.tables import SUFFIXES, find_tables
 from mopefuse.encoders.base import create_encoder
-from mopefuse.errors import EncoderError
+from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.modalities.base import get_modality
+from mopefuse.tasks.base import get_task
 
 DEFAULT_ENCODERS = dict(zip(EXPECTED, ("hf:minilm", "hf:facebook/dinov2-small"), strict=True))
 """Small encoders by modality, used where none is named."""
@@ -32,8 +34,12 @@ def choose_data(path: Path, settings: Mapping[str, Any]) -> tuple[Data, list[str
         settings: settings of the section `data` by dotted path, which are kept.
 
     Raises:
-        DataError: the data cannot be read, or a column is not clear.
+        DataError: the data cannot be read, or a column is not clear. ConfigError: there are no candidates for the task.
     """
+    task = settings.get("data.task")
+    if task is not None and get_task(task).methods != registry.FUSION:
+        what, fix = f"mopefuse fit has no candidates for {task}", f"use mopefuse train --task {task}"
+        raise ConfigError(ConfigCode.METHOD_OF_OTHER_TASK, what, where="--task", fix=fix)
     table = _only_table(path)
     config = data_settings({**settings, "data.path": str(table)})
     guess = guess_columns(config)

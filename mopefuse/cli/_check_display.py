@@ -8,6 +8,7 @@ from pathlib import Path
 from mopefuse.cli._render import out, size, table
 from mopefuse.core.formatting import several, visible
 from mopefuse.data.check import Report
+from mopefuse.data.columns import has_labels
 from mopefuse.data.findings import Finding
 from mopefuse.modalities.base import get_modality
 from mopefuse.modalities.masks import MASKS
@@ -46,7 +47,7 @@ def show(report: Report, folder: Path, page: Path | None) -> None:
     console.print()
     if report.numbers:
         _show_numbers(report)
-    else:
+    elif has_labels(report.config):
         _show_labels(report)
     about_labels = {kind: found for kind, found in groups.items() if kind in _ABOUT_LABELS}
     _list(about_labels, "suspicious labels:")

@@ -17,6 +17,7 @@ from mopefuse.metrics.names import write_metric
 from mopefuse.training.listener import Listener, Progress
 
 _LINE_EVERY = 10.0  # seconds between plain lines
+_WIDEST = 8  # metrics in a row of the final table
 
 
 class Display(Listener):
@@ -138,7 +139,10 @@ class Display(Listener):
         splits = {name: found for name, found in result["metrics"].items() if found}
         names = [name for name in next(iter(splits.values()), {}) if name not in ("loss", "absent_labels")]
         rows = [[split, *(write_metric(name, found[name]) for name in names)] for split, found in splits.items()]
-        table(f"{self.folder}, step {result['selected_step']}", ["split", *names], rows)
+        columns = ["split", *names]
+        if len(names) > _WIDEST:
+            columns, *rows = map(list, zip(columns, *rows, strict=True))
+        table(f"{self.folder}, step {result['selected_step']}", columns, rows)
         for split, found in splits.items():
             if found.get("absent_labels"):
                 which = several(found["absent_labels"], "label has", "labels have")

@@ -19,6 +19,7 @@ from mopefuse.core.error_codes import ConfigCode, DataCode
 
 if TYPE_CHECKING:
     from mopefuse.config.schema import Data
+    from mopefuse.inference.gallery import Gallery
     from mopefuse.inference.predict import Model as LoadedModel
     from mopefuse.inference.predict import Pair, Prediction, Predictor
 
@@ -39,7 +40,11 @@ def predict(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="File to write, .jsonl or .csv. Default: stdout.")
     ] = None,
-    top: Annotated[int | None, typer.Option(min=1, max=10**9, help="Write only the N most probable labels.")] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, max=10**9, help="Write only the N most probable labels, or N rows of the gallery.")
+    ] = None,
+    gallery: Annotated[Path | None, typer.Option(metavar="TABLE", help="Retrieval: table of the rows to rank.")] = None,
+    gallery_of: Annotated[str | None, typer.Option(metavar="MODALITY", help="What to rank, if it is not clear.")] = None,
     routing: Annotated[bool, typer.Option("--routing", help="Also write the weights of the prompt experts.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be read.")] = False,
     batch: Annotated[int, typer.Option(min=1, max=1_000_000, help="Rows per batch.")] = 32,
@@ -52,26 +57,32 @@ def predict(
     """Predict labels for new rows.
 
     Writes one line of JSON (or CSV) per row, with the predicted label and probabilities, in input order. Column names
-    that you omit are taken from the run.
+    that you omit are taken from the run. A model for retrieval ranks the rows of --gallery for each row.
 
     \b
     Examples:
       mopefuse predict runs/first new.jsonl -o predictions.csv
       mopefuse predict runs/first --image photo.jpg --text "a red car"
     """
-    _check(source, image, text, out)
+    _check(source, image, text, out, gallery)
+    from mopefuse.inference.gallery import rank_pairs
     from mopefuse.inference.mask_files import MaskWriter
     from mopefuse.inference.predict import input_settings, load, predict_pairs
 
     predictor = load(run, checkpoint=checkpoint, device=device, main=main, comp=comp)
     config = input_settings(run, data_section(settings))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    pairs = islice(_pairs(source, image, text, config, predictor.model), rank, None, world)
+    found, query = _open_gallery(predictor, gallery, gallery_of, _given(source, image, text), config, batch)
+    pairs = islice(_pairs(source, image, text, config, predictor.model, only=query), rank, None, world)
+    how: dict[str, Any] = {"batch": batch, "top": top, "strict": strict}
     masks = None
     if predictor.model.task == "segmentation" and out is not None:
         masks = MaskWriter(out.with_name(f"{out.stem}-masks"), predictor.model.labels)
-    how: dict[str, Any] = {"batch": batch, "top": top, "routing": routing, "strict": strict, "masks": masks}
-    predictions: Iterable[Prediction] = predict_pairs(predictor, pairs, **how)
+    predictions: Iterable[Prediction] = (
+        predict_pairs(predictor, pairs, routing=routing, masks=masks, **how)
+        if found is None
+        else rank_pairs(predictor, pairs, found, **how)
+    )
     if world > 1:
         predictions = _gather(predictions, batch)
         if rank:
@@ -83,7 +94,7 @@ def predict(
     _summarise(count, errors, str(source))
 
 
-def _check(source: str | None, image: Path | None, text: str | None, out: Path | None) -> None:
+def _check(source: str | None, image: Path | None, text: str | None, out: Path | None, gallery: Path | None) -> None:
     """Refuse input that is missing or of the wrong kind, and a file that cannot be written, before torch is imported."""
     from mopefuse.core.atomic_files import check_file
     from mopefuse.errors import ConfigError
@@ -100,6 +111,9 @@ def _check(source: str | None, image: Path | None, text: str | None, out: Path |
         )
     if out is not None:
         check_file(out)
+    if gallery is not None and not gallery.is_file():
+        fix = "pass a table of the rows to rank"
+        raise ConfigError(ConfigCode.BAD_PREDICT_INPUT, f"file not found: {gallery}", where="--gallery", fix=fix)
     if source is None or source == "-":
         return
     path = Path(source)
@@ -143,14 +157,53 @@ def _summarise(count: int, errors: list[dict[str, str]], source: str) -> None:
     err().print(rows, markup=False)
 
 
+def _given(source: str | None, image: Path | None, text: str | None) -> Path | list[str]:
+    """The table of queries, or the modalities of a single one; none are known of rows from stdin."""
+    if source not in (None, "-"):
+        return Path(source or "")
+    return [name for name, value in (("image", image), ("text", text)) if value is not None]
+
+
+def _open_gallery(
+    predictor: Predictor, path: Path | None, named: str | None, given: Path | list[str], config: Data, batch: int
+) -> tuple[Gallery | None, str | None]:
+    """The gallery, and the modality of the queries; None for a model that does not rank.
+
+    Raises:
+        ConfigError: no gallery, one that the model cannot rank, or its modality is not clear.
+    """
+    from mopefuse.errors import ConfigError
+    from mopefuse.inference.gallery import choose_modalities, open_gallery, query_modalities
+    from mopefuse.inference.predict import Embedder
+
+    model = predictor.model
+    if path is None and not model.task.compares_samples:
+        return None, None
+    if not isinstance(model, Embedder) or not model.task.compares_samples:
+        what = f"the model was trained for the task {model.task}, and cannot rank a gallery"
+        raise ConfigError(ConfigCode.NO_EMBEDDINGS, what, where="--gallery", fix="remove --gallery")
+    if path is None:
+        nothing, fix = "the model ranks the rows of a gallery, and none was given", "add --gallery TABLE"
+        raise ConfigError(ConfigCode.NO_GALLERY, nothing, where="predict", fix=fix)
+    known = query_modalities(given, model, config) if isinstance(given, Path) else given
+    query, ranked = choose_modalities(model, known or model.modalities, path, config, named)
+    return open_gallery(predictor, path, config, ranked, query, batch=batch), query
+
+
 def _pairs(
-    source: str | None, image: Path | None, text: str | None, config: Data, model: LoadedModel
+    source: str | None, image: Path | None, text: str | None, config: Data, model: LoadedModel, only: str | None = None
 ) -> Iterable[Pair]:
-    """The rows to predict, from a table, from stdin, or from ``--image`` and ``--text``."""
+    """The rows to predict, from a table, from stdin, or from ``--image`` and ``--text``.
+
+    Args:
+        only: the modality to read; by default those of the model.
+    """
     from mopefuse.errors import DataError
     from mopefuse.inference.predict import Pair, read_pairs
     from mopefuse.modalities.image import open_image
 
+    if only is not None and source is not None:
+        return read_pairs(sys.stdin.buffer if source == "-" else Path(source), config, [only])
     if source is not None:
         place, empty = sys.stdin.buffer if source == "-" else Path(source), model.empty_is_missing
         return read_pairs(place, config, model.modalities, model.optional_modalities, empty_is_missing=empty)
@@ -160,10 +213,10 @@ def _pairs(
     if text is not None and (text.strip() or not model.empty_is_missing):
         given["text"] = text
     for name, flag in (("image", "--image FILE"), ("text", "--text TEXT")):
-        if name in model.modalities and name not in model.optional_modalities and name not in given:
+        if only is None and name in model.modalities and name not in model.optional_modalities and name not in given:
             what = f"the row has no {name}, and the model cannot predict without it"
             raise DataError(DataCode.MODALITY_REQUIRED, what, where="predict", fix=f"add {flag}")
-    return [Pair(image.name if image else "text", {name: given.get(name) for name in model.modalities})]
+    return [Pair(image.name if image else "text", {name: given.get(name) for name in ([only] if only else model.modalities)})]
 
 
 def _gather(predictions: Iterable[Prediction], batch: int) -> Iterator[Prediction]:

@@ -55,6 +55,15 @@ CONDITIONAL: dict[str, Any] = {
 }
 """Defaults of the method conditional without ``compat``, chosen by measurement; see "Defaults" in docs/results.md."""
 
+RETRIEVAL: dict[str, dict[str, Any]] = {
+    "linear": {"train": {"batch_size": 128, "epochs": 40, **_NEW_LAYERS["train"], "weight_decay": 0.1}},
+    "conditional": {
+        "prompts": {"layers": "last:1/3"},
+        "train": {"batch_size": 128, "epochs": 6, "lr": 1e-2, "lr_head": 1e-4, "weight_decay": 1e-2, "schedule": "cosine"},
+    },
+}
+"""Defaults of fusion methods for the task retrieval; see "Retrieval" in docs/log.md."""
+
 CONDITIONAL_BY_PATH = flatten(CONDITIONAL)
 """The same by dotted path."""
 
@@ -66,6 +75,9 @@ MLP."""
 def defaults_of(values: dict[str, Any]) -> dict[str, Any]:
     """The settings, nested, that ``method``, ``warm_start`` and ``compat`` of a configuration set unless they are given."""
     method, compat = values.get("method", "conditional"), values.get("compat")
+    data = values.get("data")
+    if isinstance(data, dict) and data.get("task") == "retrieval":
+        return RETRIEVAL.get(method, {}) if isinstance(method, str) else {}
     papers = {"paper": PAPER, "official": OFFICIAL}.get(compat) if isinstance(compat, str) else None
     found = METHODS.get(method, {}) if isinstance(method, str) else {}
     if method == "conditional":

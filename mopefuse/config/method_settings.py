@@ -84,6 +84,16 @@ class Segmentation(Section):
     )
 
 
+class Retrieval(Section):
+    """The embeddings of retrieval, and the projections that compute them."""
+
+    width: int = Field(256, ge=1, le=WIDEST, description="numbers in an embedding")
+    dropout: float = Field(0.3, ge=0, lt=1, description="dropout on the input of the projections, in training")
+    landmarks: int = Field(
+        1024, ge=1, le=WIDEST, description="training rows to which conditional compares each feature, at most"
+    )
+
+
 class Lora(Section):
     """Low-rank adaptation (LoRA) of an encoder."""
 

@@ -152,7 +152,8 @@ class Data(Section):
     task: str | None = Field(
         None,
         min_length=1,
-        description="single-label, multi-label, regression or segmentation; default: inferred from the labels of train",
+        description="single-label, multi-label, regression, segmentation or retrieval; default: one of the first four, by the "
+        "labels of train",
     )
     labels: str | None = Field(
         None, description="file with all labels, one per line; default: labels.txt in the data folder, or the labels of train"
@@ -343,6 +344,7 @@ class RunConfig(Section):
     flamingo: methods.Flamingo = methods.Flamingo()
     regression: methods.Regression = methods.Regression()
     segmentation: methods.Segmentation = methods.Segmentation()
+    retrieval: methods.Retrieval = methods.Retrieval()
     data: Data = Data()
     train: Train = Train()
 

@@ -21,7 +21,7 @@ from mopefuse.core.artifact import publish, read_json, verify
 from mopefuse.core.atomic_files import TEMPORARY, remove_leftovers, sync
 from mopefuse.errors import CheckpointError, ResourceError
 
-KINDS = ("index", "features", "prefixes", "tokens", "images", "models", "charts")
+KINDS = ("index", "features", "prefixes", "tokens", "images", "models", "charts", "galleries")
 
 
 def root() -> Path | None:

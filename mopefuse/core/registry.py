@@ -28,6 +28,7 @@ from mopefuse.errors import ConfigError, EncoderError, MopefuseError, Notice, Pl
 ENCODERS, FUSION, DATASETS = "mopefuse.encoders", "mopefuse.fusion", "mopefuse.datasets"
 MODALITIES, TASKS = "mopefuse.modalities", "mopefuse.tasks"
 SEGMENTATION = "mopefuse.fusion.segmentation"
+RETRIEVAL = "mopefuse.fusion.retrieval"
 KINDS = {
     ENCODERS: "encoder scheme",
     FUSION: "fusion method",
@@ -35,6 +36,7 @@ KINDS = {
     MODALITIES: "modality",
     TASKS: "task",
     SEGMENTATION: "segmentation method",
+    RETRIEVAL: "retrieval method",
 }
 OURS = "mopefuse"
 

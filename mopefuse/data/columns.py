@@ -12,6 +12,7 @@ from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.data.tables import Table, columns_in, some_columns
 from mopefuse.errors import ConfigError, DataError, did_you_mean, similar_names
 from mopefuse.modalities import base as modality
+from mopefuse.tasks.base import get_task
 from mopefuse.tasks.regression import parse_number
 
 EXPECTED = ("text", "image")
@@ -24,6 +25,11 @@ def get_column(name: str, config: DataConfig) -> str:
     """The name of the column of a modality."""
     defaults = dict(zip(EXPECTED, (config.text_col, config.img_col), strict=True))
     return config.columns.get(name) or defaults.get(name, name)
+
+
+def has_labels(config: DataConfig) -> bool:
+    """Whether rows have labels; not if the task of `data.task` learns from pairs."""
+    return config.task is None or get_task(config.task).label_kind != "pair"
 
 
 def flag_for(name: str, column: str) -> str:
@@ -72,7 +78,7 @@ def modalities_of(tables: Iterable[Table], config: DataConfig, *, lenient: bool 
 def _check_label_column(modalities: tuple[str, ...], config: DataConfig) -> tuple[str, ...]:
     """Return `modalities`, unless one of them has the column of the label: a model would only learn to copy it."""
     for name in modalities:
-        if get_column(name, config) == config.label_col:
+        if has_labels(config) and get_column(name, config) == config.label_col:
             what = f"the column {config.label_col} is used both as the label and as {name}"
             fix = f"choose a different column with --label-col or {flag_for(name, 'NAME')}"
             raise ConfigError(ConfigCode.LABEL_COLUMN_IS_INPUT, what, where="data.label_col", fix=fix)
@@ -128,7 +134,8 @@ class Layout:
     Args:
         columns: name of the column of each modality, in order.
         in_rows: the modalities whose values are stored in the rows, not in files.
-        identity, label: names of columns. separator: separator of labels in a cell. fold_labels: see `data.fold_labels`.
+        identity, label: names of columns; "" for rows that need no label. separator: separator of labels in a cell.
+        fold_labels: see `data.fold_labels`.
         on_missing: see `data.on_missing`.
         null_is_empty: whether a null in a row counts as an empty value rather than a missing one.
         empty_is_missing: whether an empty value in a row counts as missing; an empty file name always does.
@@ -151,7 +158,7 @@ class Layout:
             columns={name: get_column(name, config) for name in modalities},
             in_rows=frozenset(name for name in modalities if not modality.get_modality(name).is_file),
             identity=config.id_col,
-            label=config.label_col,
+            label=config.label_col if has_labels(config) else "",
             separator=config.label_sep,
             fold_labels=config.fold_labels,
             on_missing=config.on_missing,

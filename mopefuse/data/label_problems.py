@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data import cross_row_checks
+from mopefuse.data.columns import has_labels
 from mopefuse.data.cross_row_checks import Indexes
 from mopefuse.data.findings import Finding, finding_of
 from mopefuse.data.known_labels import labels_file
@@ -26,6 +27,8 @@ def find_task(indexes: Indexes, root: Path, config: DataConfig) -> Task:
 
 def find_label_problems(indexes: Indexes, root: Path, config: DataConfig, task: Task) -> tuple[tuple[str, ...], list[Finding]]:
     """Find the labels of a classifier, none for a regression, and what is wrong with labels."""
+    if not has_labels(config):
+        return (), []
     if task.label_kind == "mask":
         return find_mask_problems(indexes, root, config)
     if task.label_kind == "number":

@@ -18,6 +18,7 @@ from mopefuse.data.label_cells import LIST
 from mopefuse.data.labels import Labels
 from mopefuse.data.split_rows import Numbers
 from mopefuse.errors import DataError
+from mopefuse.modalities.base import digest
 from mopefuse.tasks.base import Task, get_task
 from mopefuse.tasks.regression import parse_number
 
@@ -209,6 +210,17 @@ def _values(labels: Labels) -> NDArray[np.float64]:
     """The number that each distinct label is (U,), NaN for those that are none."""
     parsed = map(parse_number, labels.names)
     return np.array([np.nan if value is None else value for value in parsed], dtype=np.float64)
+
+
+def pair_labels(index: Index, rows: Numbers) -> Labels:
+    """The labels of rows that are pairs: a name for each value, the same for equal values (in texts, up to case and spacing).
+
+    A missing value equals no other.
+    """
+    keys = {name: values.loose_keys()[rows].tolist() for name, values in index.values.items()}
+    own = [digest(index.ids[row]) for row in rows.tolist()]
+    names = ([f"{name} {(key or one).hex()}" for key, one in zip(each, own, strict=True)] for name, each in keys.items())
+    return Labels.from_rows(zip(*names, strict=True))
 
 
 def target_names(config: DataConfig, count: int) -> tuple[str, ...]:

@@ -15,12 +15,12 @@ from mopefuse.core.formatting import several
 from mopefuse.data import label_check
 from mopefuse.data.bad_rows import skip_bad_rows
 from mopefuse.data.base import SPLITS, DataSet, Problem, Split
-from mopefuse.data.columns import Layout, modalities_of
+from mopefuse.data.columns import Layout, has_labels, modalities_of
 from mopefuse.data.findings import lacking_message, left_out_message
 from mopefuse.data.index import Index
 from mopefuse.data.index_build import Advance, build
 from mopefuse.data.known_labels import known_labels, labels_file
-from mopefuse.data.labels_task import infer_task, require_numbers, target_names, without_bad_numbers
+from mopefuse.data.labels_task import infer_task, pair_labels, require_numbers, target_names, without_bad_numbers
 from mopefuse.data.leaks import find_leaks
 from mopefuse.data.masks import find_classes
 from mopefuse.data.repeated_rows import notice_contradictions
@@ -69,6 +69,8 @@ def load_data(
         task, labels = find_classes(parts, roots[0], config)
     elif task.label_kind == "number":
         labels = target_names(config, require_numbers(parts, config))
+    elif task.label_kind == "pair":
+        labels = task.ways
     else:
         labels = known_labels(roots[0], splits, config, label_warnings)
     return DataSet(
@@ -130,7 +132,7 @@ def notice_splits(tables: Mapping[str, Table], config: DataConfig) -> None:
 
 
 def _split(name: str, index: Index, rows: Numbers, skipped: tuple[Problem, ...], config: DataConfig) -> Split:
-    labels = index.labels.take(rows)
+    labels = index.labels.take(rows) if has_labels(config) else pair_labels(index, rows)
     keys = {modality: values.keys()[rows] for modality, values in index.values.items()}
     layout = Layout.from_config([*keys], config)
     content = Rows(

@@ -22,8 +22,8 @@ class PairDataset(Dataset[dict[str, Any]]):
 
     A row is ``{"id": str, "image": PIL.Image in RGB, "text": str, "label": int}``, with a key for each modality of the data;
     None for a modality that the row lacks. For multi-label data "label" is a list of indices, for regression a number or a
-    list of numbers, for segmentation a mask: the class of each pixel, uint8 (H, W), 255 where it does not count.
-    ``model.collate`` makes a batch of rows, also in data workers:
+    list of numbers, for segmentation a mask: the class of each pixel, uint8 (H, W), 255 where it does not count; for retrieval a
+    list of integers that are equal for equal values. ``model.collate`` makes a batch of rows, also in data workers:
     ``DataLoader(dataset, batch_size=32, collate_fn=model.collate)``.
 
     Attributes:
@@ -62,7 +62,8 @@ class PairDataset(Dataset[dict[str, Any]]):
             columns: columns of other modalities, by modality. label_col, id_col: default "label" and "id".
             split_col: the column that names the split of each row, if all splits are in one table.
             label_sep: the separator of labels in a cell, or "list" for cells as ``[a, b]``; makes the data multi-label.
-            task: what a label is: "single-label", "multi-label" or "regression"; default: inferred from the labels.
+            task: what a label is: "single-label", "multi-label", "regression" or "retrieval"; default: one of the first three,
+                inferred from the labels.
             image_roots: other folders that files may be in.
             val_fraction, test_fraction: share of the training rows, from 0 to 1, held out as that split, drawn with `seed`.
             on_missing: for rows that lack a modality: raise an error, leave them out, or use None.

@@ -57,9 +57,9 @@ def check_row(row: Mapping[str, Any], line: int, split: str, layout: Layout) -> 
         InvalidRow: a column is missing, or a value has the wrong type.
         RowSkipped: a value is missing, and settings say to skip such rows.
     """
-    values = _values(row, layout, label=True)
+    values = _values(row, layout, label=bool(layout.label))
     identity = _identity(row, layout.identity, f"{split}-{line}")
-    labels, is_list, is_number = _labels(row[layout.label], layout.label, layout.separator)
+    labels, is_list, is_number = _labels(row, layout) if layout.label else ((), False, False)
     if layout.fold_labels:
         labels = tuple(dict.fromkeys(map(normalise, labels)))
     _reject_lone_surrogates(identity, values, layout)
@@ -139,8 +139,9 @@ def _half_character_message(column: str) -> str:
     return f"{column} contains a lone surrogate (half of a character)"
 
 
-def _labels(value: Any, name: str, separator: str | None) -> tuple[tuple[str, ...], bool, bool]:
+def _labels(row: Mapping[str, Any], layout: Layout) -> tuple[tuple[str, ...], bool, bool]:
     """Labels as texts, whether they are written as a list, and whether as numbers."""
+    value, name, separator = row[layout.label], layout.label, layout.separator
     if isinstance(value, str) and separator:
         return split_cell(value, separator), True, False
     if isinstance(value, str):

@@ -52,7 +52,7 @@ def divide_rows(
     if (config.shots or config.fraction) and "train" in parts:
         index, rows = parts["train"]
         if config.shots and not by_class:
-            what = f"labels are {task.label_kind}s, so there are no classes of which to take some rows each"
+            what = "labels are not classes, so there are none of which to take some rows each"
             raise ConfigError(ConfigCode.SETTING_OF_OTHER_TASK, what, where="--shots", fix="use --fraction")
         labels, ids = _classes(index, rows, by_class), [index.ids[row] for row in rows]
         parts["train"] = (index, rows[choose_few(ids, labels, config.seed, shots=config.shots, fraction=config.fraction)])

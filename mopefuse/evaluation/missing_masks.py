@@ -126,6 +126,8 @@ def _require_removable(kind: str, kinds: Mapping[str, tuple[str, ...]], model: F
     method = model.config.method
     if not kinds:
         fix = "use --method conditional, mlp, late-concat or linear, and encoders of several modalities"
+        if model.task.compares_samples:
+            fix = "remove --missing"
         raise ConfigError(
             ConfigCode.MODALITY_NOT_OPTIONAL, f"{method} needs every modality that it reads", where=f"--missing {kind}", fix=fix
         )

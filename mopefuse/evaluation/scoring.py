@@ -6,7 +6,7 @@ Shapes: S samples of the split, B samples of a batch, N labels, n labels of a bl
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ def score(
     task, targets, rows = data.task, data.sparse_targets(split), data.splits[split].rows
     tally = task.tally(len(targets), data.outputs)
     nonfinite_S = torch.zeros(len(targets), dtype=torch.uint8)
+    kept: list[Sequence[Tensor]] = []  # parts of which no lines have been written yet
 
     def scored_lines() -> Iterator[str]:
         for index_B, logits_BN, _ in outputs:
@@ -71,11 +72,15 @@ def score(
             tally.add(index_B, logits_BN, targets_of_batch, thresholds)
             if predictions is not None:
                 own = task.collect(index_B, logits_BN, targets_of_batch, thresholds)
-                parts = distributed.send_to_main(own) if distributed_outputs else [own]
-                yield from task.prediction_lines(parts, rows, data.labels)
+                kept.extend(distributed.send_to_main(own) if distributed_outputs else [own])
+                if not task.compares_samples:
+                    yield from task.prediction_lines(kept, rows, data.labels)
+                    kept.clear()
         if distributed_outputs:
             distributed.sum_over_processes(nonfinite_S)
         require_finite(nonfinite_S, data, split)
+        if kept:
+            yield from task.prediction_lines(kept, rows, data.labels)
 
     if predictions is not None and distributed.is_main():
         write_lines(predictions, scored_lines())

@@ -36,7 +36,7 @@ SIZES = (
     "prompts.experts prompts.static prompts.dynamic prompts.mapped prompts.condition_tokens prompts.bottleneck head_hidden "
     "comp_tuning.length lora.rank inserted.prompts inserted.images pmf.queries pmf.query_context pmf.fusion_context "
     "pmf.bottleneck cross_attention.queries cross_attention.width flamingo.width flamingo.hidden flamingo.resampled "
-    "flamingo.resampler_layers"
+    "flamingo.resampler_layers retrieval.width retrieval.landmarks"
 ).split()
 """Settings that determine the number of parameters of a model."""
 
@@ -73,6 +73,7 @@ class OtherSettings(TypedDict, total=False):
     cross_attention: Mapping[str, Any]
     qmf: Mapping[str, Any]
     flamingo: Mapping[str, Any]
+    retrieval: Mapping[str, Any]
     data: Mapping[str, Any]
     train: Mapping[str, Any]
 
@@ -108,7 +109,7 @@ def build_fusion(
         num_labels: N, the number of logits; may be left out if `labels` are given.
         labels: names of the labels in the order of the logits; saved with the model by `mopefuse.save_adapter`.
         task: what a label is: "single-label" (softmax over the logits), "multi-label" (a sigmoid of each), "regression"
-            (numbers), or the task of a `mopefuse.PairDataset`.
+            (numbers), or the task of a `mopefuse.PairDataset`, such as retrieval, whose logits are two embeddings.
         method: name of the fusion method, an entry point of ``mopefuse.fusion``.
         seed: seed of all weights that are not pretrained, 0 to 2**63 - 1; the random state of the caller is not changed.
         experts: prompt experts in each prompted layer, K.

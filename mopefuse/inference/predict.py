@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mopefuse.config.encoder_sides import Comp
 from mopefuse.config.recipe import changed_data, saved_config
@@ -60,6 +61,20 @@ class Model(Protocol):
         Args:
             values: by modality, B of each.
         """
+
+
+@runtime_checkable
+class Embedder(Model, Protocol):
+    """A model that embeds the values of each modality by themselves, such as one that was trained for retrieval.
+
+    Attributes:
+        embedding_key: digest of everything that an embedding depends on, except the value.
+    """
+
+    embedding_key: str
+
+    def embed(self, name: str, values: Sequence[Any]) -> NDArray[np.float32]:
+        """Embeddings (B, E) of the values of the modality `name`, of length 1."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +135,26 @@ class Predictor:
             for each, weights_LK in zip(predictions, weights_BLK, strict=True):
                 each["routing"] = weights_LK
         return predictions
+
+
+    def embed(self, images: Any = None, texts: Any = None, **more: Any) -> NDArray[np.float32]:
+        """The embeddings (B, E) of values of one modality, of length 1; the dot product of two is the score of a pair.
+
+        Args:
+            images, texts, more: values of one modality, see `predict`.
+
+        Raises:
+            DataError: no values, those of several modalities, or a value that is not of its modality.
+            ConfigError: the model was not trained for retrieval.
+        """
+        if not isinstance(self.model, Embedder) or not self.model.task.compares_samples:
+            what, fix = f"the model was trained for the task {self.model.task}, and has no embeddings", "use predict"
+            raise ConfigError(ConfigCode.NO_EMBEDDINGS, what, where="embed", fix=fix)
+        values = modality.from_arguments((images, texts), more)
+        if len(values) != 1:
+            what = f"expected values of one modality, got {' and '.join(values) or 'none'}"
+            raise DataError(DataCode.BAD_VALUES, what, where="embed", fix="pass images or texts")
+        return self.model.embed(*next(iter(values.items())))
 
 
 def _require(values: Mapping[str, Sequence[Any]], model: Model) -> None:

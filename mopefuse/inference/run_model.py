@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mopefuse.config.encoder_sides import Comp
+from mopefuse.core import cache
 from mopefuse.core import device as devices
+from mopefuse.core.error_codes import DataCode
+from mopefuse.errors import DataError
+from mopefuse.fusion.collator import Collator, Requirements
+from mopefuse.fusion.retrieval import Towers
 from mopefuse.modalities.base import to_arguments
 from mopefuse.runs.load import load_model
 from mopefuse.runs.locate import find_run
@@ -33,6 +42,7 @@ class RunModel:
         self.optional_modalities = tuple(name for name in self.modalities if name not in needed)
         self.empty_is_missing = loaded.config.data.on_missing != "error"
         self.task = self.fusion.task
+        self.method = loaded.config.method
         thresholds = loaded.thresholds
         self.thresholds: Sequence[float] = [thresholds] * len(self.labels) if isinstance(thresholds, float) else thresholds
 
@@ -46,3 +56,29 @@ class RunModel:
         decoded_BN = self.task.decode(output.logits_BN.float().cpu().numpy())
         routing = None if output.routing_BLK is None else output.routing_BLK.float().cpu().tolist()
         return decoded_BN, routing
+
+    @cached_property
+    def embedding_key(self) -> str:
+        """See `mopefuse.inference.predict.Embedder`."""
+        weights = hashlib.sha256()
+        for name, tensor in self.fusion.trainable_state_dict().items():
+            weights.update(name.encode() + tensor.cpu().numpy().tobytes())
+        encoders = [f"{encoder.fingerprint()} {encoder.digest()}" for encoder in self.fusion.encoders.values()]
+        return cache.make_key(self.method, self.precision, self.device.type, *encoders, weights.hexdigest())
+
+    @torch.no_grad()
+    def embed(self, name: str, values: Sequence[Any]) -> NDArray[np.float32]:
+        """Embeddings (B, E); see `mopefuse.inference.predict.Embedder`."""
+        assert isinstance(self.fusion, Towers), "methods for retrieval"
+        side = next((side for side in self.fusion.uses if self.fusion.encoder(side).modality == name), None)
+        if side is None:
+            what = f"the model reads {' and '.join(self.modalities)}, not {name}"
+            raise DataError(DataCode.WRONG_VALUE_KIND, what, where="embed", fix=f"pass {self.modalities[0]} values")
+        devices.flush_denormals(self.device)
+        readers = {side: self.fusion.readers()[side]}
+        collate = Collator(readers, Requirements(self.method, {side: name}, (), either_helps=False))
+        batch = collate(**to_arguments({name: values})).to(self.device)
+        with devices.autocast(self.precision, self.device):
+            embedding_BE = self.fusion.directions(side, batch)
+        found: NDArray[np.float32] = embedding_BE.float().cpu().numpy()
+        return found

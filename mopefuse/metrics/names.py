@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from mopefuse.core.formatting import percent
 
-ERRORS = frozenset(("loss", "mae", "rmse", "mae_sd", "rmse_sd"))
+RANKS = frozenset(("median_rank", "median_rank_main_to_comp", "median_rank_comp_to_main"))
+"""Metrics that are ranks."""
+ERRORS = frozenset(("loss", "mae", "rmse", "mae_sd", "rmse_sd")) | RANKS
 """Metrics in units of their own. All others are at most 1."""
 DECIMALS = frozenset(("r2", "spearman"))
 """Metrics that are not written in per cent: they can be negative, and a correlation is not a share."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mopefuse.core.formatting import count, duration, size, visible
-from mopefuse.metrics.names import ERRORS, in_per_cent, write_number
+from mopefuse.metrics.names import ERRORS, RANKS, in_per_cent, write_number
 from mopefuse.studies.compare import Comparison, Row, Spread
 
 Splits = Sequence[str]
@@ -50,10 +50,11 @@ def _versus(metric: str, row: Row) -> list[str]:
 def notes(comparison: Comparison) -> list[str]:
     """Explain the numbers, and list what the comparison leaves out."""
     several = any(len(row.runs) > 1 for row in comparison.rows)
-    errors = " and ".join(name for name in comparison.metrics if name in ERRORS)
+    errors = " and ".join(name for name in comparison.metrics if name in ERRORS - RANKS)
     unit = "standard deviations of the training labels" if "_sd" in errors else "the units of the labels"
     units = ["Metrics in per cent" if any(map(in_per_cent, comparison.metrics)) else "Metrics as decimals"]
     units += [f"{errors} in {unit}"] if errors else []
+    units += ["except ranks"] if RANKS & {*comparison.metrics} else []
     units += ["mean ± standard deviation over n seeds"] if several else []
     remarks = ["; ".join([", ".join(units), "time is the mean of a run."])]
     if comparison.against is not None:

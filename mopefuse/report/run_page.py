@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mopefuse.report import (
     run_baselines,
@@ -10,6 +10,7 @@ from mopefuse.report import (
     run_masks,
     run_missing,
     run_overview,
+    run_ranks,
     run_routing,
     run_training,
     run_values,
@@ -17,7 +18,13 @@ from mopefuse.report import (
 from mopefuse.report.pages import Section, sections_page
 from mopefuse.report.run_data import RunFacts
 
-_PREDICTIONS = {"class": run_errors, "number": run_values, "mask": run_masks}
+_PREDICTIONS: dict[str, Callable[[RunFacts], Sequence[Section | None]]] = {
+    "class": run_errors.sections,
+    "number": run_values.sections,
+    "mask": run_masks.sections,
+    "pair": run_ranks.sections,
+}
+"""The sections on the predictions, by `Task.label_kind`."""
 
 
 def sections(facts: RunFacts) -> list[Section]:
@@ -28,7 +35,7 @@ def sections(facts: RunFacts) -> list[Section]:
         run_missing.missing(facts),
         run_overview.task(facts),
         run_training.resources(facts),
-        *_PREDICTIONS[facts.task.label_kind].sections(facts),
+        *_PREDICTIONS[facts.task.label_kind](facts),
         run_training.training(facts),
         *run_routing.sections(facts),
     )

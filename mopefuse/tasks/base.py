@@ -59,11 +59,13 @@ class Task(ABC):
             can have.
         more_metrics: other metrics, which can select checkpoints and be quality gates, but have no confidence intervals.
         uses_thresholds: whether a threshold decides which labels are predicted, so that it can be tuned.
-        label_kind: what a label is in the data: a class, a number, or the path of a mask.
+        label_kind: what a label is in the data: a class, a number, or the path of a mask; rows that are pairs have none.
         output_axes: number of axes of the outputs (B, N, ...) of a model.
         rival: the simplest method, with which others are compared.
         methods: the group of entry points with the fusion methods that can learn the task.
         linear_name: name of the linear model that is fitted in closed form.
+        ways: what stands in place of labels, if rows have none.
+        compares_samples: whether the loss compares the samples of a batch, and a prediction those of the whole split.
     """
 
     name: ClassVar[str]
@@ -72,11 +74,13 @@ class Task(ABC):
     metrics: tuple[str, ...]
     more_metrics: ClassVar[tuple[str, ...]] = ()
     uses_thresholds: ClassVar[bool] = False
-    label_kind: ClassVar[Literal["class", "number", "mask"]] = "class"
+    label_kind: ClassVar[Literal["class", "number", "mask", "pair"]] = "class"
     output_axes: ClassVar[int] = 2
     rival: ClassVar[str] = "linear"
     methods: ClassVar[str] = registry.FUSION
     linear_name: ClassVar[str] = "logistic regression"
+    ways: ClassVar[tuple[str, ...]] = ()
+    compares_samples: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return self.name
@@ -276,7 +280,8 @@ class Task(ABC):
         """Lines of JSON with id, prediction and true label, in the order of the split.
 
         Args:
-            parts: what `collect` returned for one batch of each process. rows: all rows of the split.
+            parts: what `collect` returned for one batch of each process, or for all batches if the task `compares_samples`.
+            rows: all rows of the split.
         """
 
     @abstractmethod

@@ -78,19 +78,23 @@ class TaskChecks:
         return list(self.task.encode(names, self.known).tolist())
 
     def loss(self) -> None:
-        """A loss per sample, which depends on no other sample, and which an optimizer can lower."""
+        """A loss per sample, which an optimizer can lower; it depends on others only if the task compares samples."""
         targets = self.targets.dense()
         loss_S = self.task.loss(self.outputs_SN, targets)
         wanted = (len(self.rows),)
         if loss_S.shape != wanted or loss_S.dtype != torch.float32 or not loss_S.isfinite().all():
             found = f"{loss_S.dtype} of shape {tuple(loss_S.shape)}"
             self._refuse(f"loss() is {found}, expected finite float32 of shape {wanted}")
-        alone = torch.stack([self.task.loss(self.outputs_SN[i : i + 1], targets[i : i + 1])[0] for i in range(len(self.rows))])
-        if not torch.allclose(alone, loss_S, atol=1e-6):
-            self._refuse("the loss of a sample depends on its batch")
+        if not self.task.compares_samples:
+            self._require_independent(loss_S, targets)
         before, after = self.task.compute(self.outputs_SN, targets), self.task.compute(self._optimised(targets), targets)
         if not after["loss"] < before["loss"] or not after[self.task.metric] >= before[self.task.metric]:
             self._refuse(f"outputs that lower the loss from {before['loss']:.3g} to {after['loss']:.3g} lower the metric")
+
+    def _require_independent(self, loss_S: Tensor, targets: Tensor) -> None:
+        alone = torch.stack([self.task.loss(self.outputs_SN[i : i + 1], targets[i : i + 1])[0] for i in range(len(self.rows))])
+        if not torch.allclose(alone, loss_S, atol=1e-6):
+            self._refuse("the loss of a sample depends on its batch")
 
     def _optimised(self, targets: Tensor) -> Tensor:
         outputs_SN = self.outputs_SN.clone().requires_grad_()

@@ -56,6 +56,8 @@ def _settings_without_effect(config: RunConfig, model: Fusion) -> Iterator[str]:
     if not model.task.is_classification:
         labels = {"data.fold_labels": config.data.fold_labels, "data.allow_odd_labels": config.data.allow_odd_labels}
         yield from (f"{flag_of(path)} has no effect: the task is {model.task}" for path, chosen in labels.items() if chosen)
+    if not model.task.compares_samples and config.retrieval != RunConfig(main="", comp="").retrieval:
+        yield f"the settings of retrieval have no effect: the task is {model.task}"
     for section in model.unused_sections():
         yield f"{config.method} does not use the settings of {section}"
 

@@ -135,6 +135,9 @@ def _require_trained_by_steps(old: Loaded, run: Path) -> None:
     if old.model.closed_form:
         what = f"{old.config.method} is always refitted from scratch"
         raise ConfigError(ConfigCode.METHOD_CANNOT_SWAP, what, where=str(run), fix="use mopefuse train")
+    if old.model.task.compares_samples:
+        what = f"the embeddings of {old.model.task} belong to both encoders, so nothing could be kept"
+        raise ConfigError(ConfigCode.METHOD_CANNOT_SWAP, what, where=str(run), fix="use mopefuse train")
 
 
 def _new_model(config: RunConfig) -> tuple[Fusion, tuple[str, ...]]:
