@@ -115,7 +115,7 @@ class ConditionalRetrieval(Towers):
     Limits: without prompts, and at step 0, it is kernel canonical correlation analysis of the frozen features.
 
     Raises:
-        EncoderError: the main encoder has no promptable layer, although `prompts.static` is not 0.
+        EncoderError: the main encoder has no promptable layer.
     """
 
     parts: ClassVar[dict[str, str]] = {
@@ -129,8 +129,7 @@ class ConditionalRetrieval(Towers):
         super().__init__(config, encoders, num_labels)
         self.starts_fitted = True
         main, prompts, count = self.encoder("main"), self.config.prompts, self.config.retrieval.landmarks
-        if prompts.static:
-            main.require_promptable(fix="use --method linear, or --set prompts.static=0")
+        main.require_promptable(fix="use it as --comp instead, or --method linear")
         self.stack = build_static_stack(prompts, main)
         prompted = bool(len(self.stack.layers))
         self.frozen = ("comp",) if prompted else self.uses
