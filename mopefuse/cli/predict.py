@@ -20,6 +20,7 @@ from mopefuse.core.error_codes import ConfigCode, DataCode
 if TYPE_CHECKING:
     from mopefuse.config.schema import Data
     from mopefuse.inference.gallery import Gallery
+    from mopefuse.inference.mask_files import MaskWriter
     from mopefuse.inference.predict import Model as LoadedModel
     from mopefuse.inference.predict import Pair, Prediction, Predictor
 
@@ -66,7 +67,6 @@ def predict(
     """
     _check(source, image, text, out, gallery)
     from mopefuse.inference.gallery import rank_pairs
-    from mopefuse.inference.mask_files import MaskWriter
     from mopefuse.inference.predict import input_settings, load, predict_pairs
 
     predictor = load(run, checkpoint=checkpoint, device=device, main=main, comp=comp)
@@ -75,11 +75,8 @@ def predict(
     found, query = _open_gallery(predictor, gallery, gallery_of, _given(source, image, text), config, batch)
     pairs = islice(_pairs(source, image, text, config, predictor.model, only=query), rank, None, world)
     how: dict[str, Any] = {"batch": batch, "top": top, "strict": strict}
-    masks = None
-    if predictor.model.task == "segmentation" and out is not None:
-        masks = MaskWriter(out.with_name(f"{out.stem}-masks"), predictor.model.labels)
     predictions: Iterable[Prediction] = (
-        predict_pairs(predictor, pairs, routing=routing, masks=masks, **how)
+        predict_pairs(predictor, pairs, routing=routing, masks=_mask_writer(predictor, out), **how)
         if found is None
         else rank_pairs(predictor, pairs, found, **how)
     )
@@ -92,6 +89,15 @@ def predict(
     errors: list[dict[str, str]] = []
     count = _write(predictions, out, predictor, errors)
     _summarise(count, errors, str(source))
+
+
+def _mask_writer(predictor: Predictor, out: Path | None) -> MaskWriter | None:
+    """Writes masks to a folder next to the file of predictions; None if there are none, or no file."""
+    from mopefuse.inference.mask_files import MaskWriter
+
+    if out is None or predictor.model.task.label_kind != "mask":
+        return None
+    return MaskWriter(out.with_name(f"{out.stem}-masks"), predictor.model.labels)
 
 
 def _check(source: str | None, image: Path | None, text: str | None, out: Path | None, gallery: Path | None) -> None:

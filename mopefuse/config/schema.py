@@ -150,10 +150,7 @@ class Data(Section):
         description="separator between labels in a cell, or list if cells look like [a, b]; makes data multi-label",
     )
     task: str | None = Field(
-        None,
-        min_length=1,
-        description="single-label, multi-label, regression, segmentation or retrieval; default: one of the first four, by the "
-        "labels of train",
+        None, min_length=1, description="single-label, multi-label, regression, segmentation or retrieval; default: by labels"
     )
     labels: str | None = Field(
         None, description="file with all labels, one per line; default: labels.txt in the data folder, or the labels of train"

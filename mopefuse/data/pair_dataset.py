@@ -22,9 +22,9 @@ class PairDataset(Dataset[dict[str, Any]]):
 
     A row is ``{"id": str, "image": PIL.Image in RGB, "text": str, "label": int}``, with a key for each modality of the data;
     None for a modality that the row lacks. For multi-label data "label" is a list of indices, for regression a number or a
-    list of numbers, for segmentation a mask: the class of each pixel, uint8 (H, W), 255 where it does not count; for retrieval a
-    list of integers that are equal for equal values. ``model.collate`` makes a batch of rows, also in data workers:
-    ``DataLoader(dataset, batch_size=32, collate_fn=model.collate)``.
+    list of numbers, for segmentation a mask: the class of each pixel, uint8 (H, W), 255 where it does not count; for
+    retrieval a list of integers that are equal for equal values. ``model.collate`` makes a batch of rows, also in data
+    workers: ``DataLoader(dataset, batch_size=32, collate_fn=model.collate)``.
 
     Attributes:
         labels: their names; a row's label is an index into it. task: what a label is, for `build_fusion`.
