@@ -39,7 +39,7 @@ def choose_data(path: Path, settings: Mapping[str, Any]) -> tuple[Data, list[str
     task = settings.get("data.task")
     if task is not None and get_task(task).methods != registry.FUSION:
         what, fix = f"mopefuse fit has no candidates for {task}", f"use mopefuse train --task {task}"
-        raise ConfigError(ConfigCode.METHOD_OF_OTHER_TASK, what, where="--task", fix=fix)
+        raise ConfigError(ConfigCode.FIT_OF_OTHER_TASK, what, where="--task", fix=fix)
     table = _only_table(path)
     config = data_settings({**settings, "data.path": str(table)})
     guess = guess_columns(config)

@@ -133,7 +133,6 @@ class ConfigCode(ErrorCode):
     NO_GALLERY = 412
     GALLERY_UNCLEAR = 413
     NO_EMBEDDINGS = 414
-    NOT_EXPORTABLE_TASK = 415
 
 
 @unique

@@ -140,7 +140,7 @@ class Maker:
             "text": EXAMPLE_TEXT,
             "logits": logits_BN[0].tolist(),
             "prediction": as_json(Predictor(bundle).predict([image], [EXAMPLE_TEXT])[0]),
-            "tolerance": INT8_TOLERANCE if self.int8 else TOLERANCE,
+            "tolerance": (INT8_TOLERANCE if self.int8 else TOLERANCE) * _unit(logits_BN, bundle),
         }
         (folder / "example.json").write_text(dump_json(example), encoding="utf-8")
 
@@ -223,7 +223,7 @@ def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Seq
         with torch.no_grad():
             wanted = [output.numpy() for output in made(own)]
         found = bundle.run(theirs)
-        worst = max(worst, _difference(found[0], wanted[0]))
+        worst = max(worst, _difference(found[0], wanted[0]) / _unit(wanted[0], bundle))
         routed = max(routed, 0.0 if found[1] is None else _difference(found[1], wanted[1]))
         changed_B = bundle.task.changed(torch.from_numpy(found[0]), torch.from_numpy(wanted[0]), bundle.thresholds)
         agree += int((~changed_B).sum())
@@ -240,6 +240,11 @@ def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Seq
         threads=torch.get_num_threads(),
         milliseconds=_times(made, bundle, images[:1], texts[:1]),
     )
+
+
+def _unit(outputs_BN: Array, bundle: Bundle) -> float:
+    """In what differences are measured: 1, or the largest number in embeddings, which are multiplied by a learned scale."""
+    return max(1.0, float(np.abs(outputs_BN).max())) if bundle.task.compares_samples else 1.0
 
 
 def _difference(found: Array, wanted: Array) -> float:

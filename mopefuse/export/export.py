@@ -78,9 +78,6 @@ def export(
     source = find_run(run)
     loaded = load_model(source, checkpoint, torch.device("cpu"))
     facts = _facts(loaded, source.result())
-    if form != "adapter" and loaded.model.task.compares_samples:
-        what = f"a graph takes whole samples, and a model for {loaded.model.task} embeds one value at a time"
-        raise ConfigError(ConfigCode.NOT_EXPORTABLE_TASK, what, where="--format", fix="use --format adapter")
     if form == "adapter":
         config, command = without_data_path(loaded.config), "mopefuse export RUN --format adapter -o OUT"
         publish(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mopefuse.core import cache
 from mopefuse.core.artifact import verify
 from mopefuse.core.dependencies import convert_error
 from mopefuse.core.error_codes import CheckpointCode, DataCode, NumericCode
@@ -153,6 +154,25 @@ class Bundle:
         """Decoded outputs (B, N) and routing; see `mopefuse.inference.predict.Model`."""
         outputs_BN, routing = self.run(self.collate(**modality.to_arguments(values)))
         return self.task.decode(outputs_BN), None if routing is None else routing.tolist()
+
+    @property
+    def embedding_key(self) -> str:
+        """See `mopefuse.inference.predict.Embedder`."""
+        return cache.make_key(*sorted(map(str, self.manifest["files"].items())))
+
+    def embed(self, name: str, values: Sequence[Any]) -> Array:
+        """Embeddings (B, E) of values of one modality; see `mopefuse.inference.predict.Embedder`.
+
+        The graph embeds both values of a pair, so the other one is blank here.
+        """
+        if name not in self.modalities:
+            what = f"the bundle reads {' and '.join(self.modalities)}, not {name}"
+            raise DataError(DataCode.WRONG_VALUE_KIND, what, where="embed", fix=f"pass {self.modalities[0]} values")
+        blanks = {other: [modality.get_modality(other).blank_value()] * len(values) for other in self.modalities}
+        outputs_BN, _ = self.run(self.collate(**modality.to_arguments({**blanks, name: values})))
+        both = np.split(outputs_BN.astype(np.float32), 2, axis=1)
+        embedding_BE = both[[how["modality"] for how in self.sides.values()].index(name)]
+        return np.asarray(embedding_BE / np.linalg.norm(embedding_BE, axis=1, keepdims=True))
 
     def check(self, inputs: Mapping[str, Array]) -> None:
         """Refuse inputs that the graph would refuse with an obscure message, or not at all.
