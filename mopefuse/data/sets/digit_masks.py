@@ -1,8 +1,8 @@
 """Generate digit masks: referring segmentation, in which a text names a digit by where it is relative to another.
 
-Images are those of `mopefuse.data.sets.digit_questions`: four different handwritten digits in four colours. A text asks for the
-neighbour of one of them ("which digit is at the left of the seven?"). The label is a mask of the pixels of that neighbour.
-Neither its place, its colour nor its value is named: a model has to find the digit that is named, and then look beside it.
+Images are those of `mopefuse.data.sets.digit_questions`: four handwritten digits in four colours. A text asks for the
+neighbour of the digit of one colour ("which digit is at the left of the red one?"). The label is a mask of the pixels of that
+neighbour. Neither its place nor its colour is named, so which pixels are meant depends on what else is in the image.
 
 Shapes: N images, 8 and 16 pixels, 4 cells or colours.
 """
@@ -19,6 +19,7 @@ from PIL import Image
 from mopefuse.data.generated import write_generated
 from mopefuse.data.options import Option, with_options
 from mopefuse.data.sets.digit_questions import (
+    COLOURS,
     QUESTIONS_PER_IMAGE,
     SOURCE,
     SPLITS,
@@ -29,20 +30,19 @@ from mopefuse.data.sets.digit_questions import (
     write_images,
 )
 
-_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _INK = 6  # value, of 16, from which a pixel belongs to its digit
-_SIDES = {"left": 1, "right": 1, "top": 2, "bottom": 2}  # of the digit that is named; cells differ by (exclusive or)
+_SIDES = {"left": 1, "right": 1, "top": 2, "bottom": 2}  # of an anchor, and what its cell differs by (exclusive or)
 TRAIN_TEMPLATES = (  # used in every split
-    "which digit is at the {side} of the {digit}?",
-    "look at the digit at the {side} of the {digit}",
-    "read the number at the {side} of the {digit}",
-    "what is at the {side} of the {digit}?",
-    "the digit at the {side} of the {digit}, please",
-    "in the picture, look at the number at the {side} of the {digit}",
+    "which digit is at the {side} of the {colour} one?",
+    "look at the digit at the {side} of the {colour} one",
+    "read the number at the {side} of the {colour} digit",
+    "what is at the {side} of the {colour} number?",
+    "the digit at the {side} of the {colour} one, please",
+    "in the picture, look at the number at the {side} of the {colour} digit",
 )
 TEST_ONLY_TEMPLATES = (
-    "can you make out the digit at the {side} of the {digit}?",
-    "someone wrote a number at the {side} of the {digit}",
+    "can you make out the digit at the {side} of the {colour} one?",
+    "someone wrote a number at the {side} of the {colour} digit",
 )
 
 
@@ -59,13 +59,12 @@ def refer(content: Split, split: str, rows: int, seed: int) -> list[Reference]:
     random = np.random.default_rng([seed, 1, SPLITS.index(split)])
     templates = TRAIN_TEMPLATES + (TEST_ONLY_TEMPLATES if split == "test" else ())
     found = []
-    for image, digits_4 in enumerate(content.digits_N4):
+    for image, colours_4 in enumerate(content.colours_N4):
         asked = [(side, cell) for side in _SIDES for cell in _cells_at(side)]
         for number in random.permutation(len(asked))[:QUESTIONS_PER_IMAGE]:
             side, cell = asked[number]
-            named = int(digits_4[cell ^ _SIDES[side]])
-            digit = str(random.choice((_WORDS[named], str(named))))
-            found.append(Reference(image, str(random.choice(templates)).format(side=side, digit=digit), cell))
+            anchor = tuple(COLOURS)[colours_4[cell ^ _SIDES[side]]]
+            found.append(Reference(image, str(random.choice(templates)).format(side=side, colour=anchor), cell))
     return found[:rows]
 
 
