@@ -125,6 +125,7 @@ CLAIMS: dict[str, dict[str, str]] = {
     "several processes give the same results as one": {
         "quick": "test_distributed::test_two_processes_equal_one test_predict::test_several_processes_write_the_same_file",
         "full": "test_distributed::test_only_the_main_process_prints test_mlp::test_two_processes_train_like_one "
+        "test_segmentation::test_two_processes_equal_one "
         "test_bad_data::test_a_split_smaller_than_the_processes_is_evaluated_exactly "
         "test_distributed::test_other_processes_wait_as_long_as_the_main_process_lives "
         "test_distributed::test_a_slower_process_is_waited_for",
@@ -172,6 +173,7 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_cross_attention::test_the_exported_graph_predicts_the_same "
         "test_cross_attention::test_the_exported_graph_masks_padding "
         "test_several::test_a_run_with_several_encoders_can_be_exported_and_reported "
+        "test_segmentation::test_an_onnx_bundle_has_the_metrics_of_its_run_and_an_encoder_can_be_swapped "
         "test_export::test_a_bundle_that_tokenizes_differently_is_not_published "
         "test_export::test_int8_weights_are_smaller_and_measured_before_and_after "
         "test_export::TestWeightsBesideTheGraph::test_they_must_be_complete_and_inside_the_folder "

@@ -190,6 +190,12 @@ def test_a_data_check_reports_masks(tmp_path: Path) -> None:
     assert found["labels"]["task"] == "segmentation" and found["labels"]["balance"]["2"]["train"] >= 1
 
 
+def test_a_data_check_reports_an_id_without_a_name(tmp_path: Path) -> None:
+    (write_scenes(tmp_path, (0, 1, 2)) / "labels.txt").write_text("sky\nroad\n")
+    found = json.loads(call("data", "check", tmp_path, "--json").stdout)
+    assert found["kinds"] == {"unlisted-class": 1} and "id 2" in found["problems"][0]["message"]
+
+
 # -- metrics and loss
 
 

@@ -55,8 +55,7 @@ def build(
         advance: called with (files read, files to read).
     """
     kinds = {name: kind for name in modalities if isinstance(kind := modality.get_modality(name), Files)}
-    limits = (limit for kind in (*kinds.values(), MASKS) for limit in kind.limits(config))
-    settings = (config.split_col, *limits)
+    settings = (config.split_col, *(limit for kind in kinds.values() for limit in kind.limits(config)))
     index_digest = cache.make_key(
         VERSION, table.digest, split, table.file, *Layout.from_config(modalities, config).describe(), *settings
     )
