@@ -102,8 +102,8 @@ def test_a_model_has_the_labels_and_task_that_it_was_built_with() -> None:
         ({"labels": ["a", "b"]}, "num_labels is 3, and labels has 2 names · num_labels"),
         (
             {"task": "multilabel"},
-            "task must be one of single-label, multi-label, regression, retrieval, segmentation, got 'multilabel' · task · fix: "
-            "did you mean",
+            "task must be one of single-label, multi-label, regression, retrieval, segmentation, got 'multilabel' · task · "
+            "fix: did you mean",
         ),
         ({"comp": None}, "comp is missing"),
         ({"router": {"top": 1}}, "unknown setting router.top (did you mean router.top_m?)"),

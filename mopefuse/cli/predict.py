@@ -7,6 +7,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -75,11 +76,10 @@ def predict(
     found, query = _open_gallery(predictor, gallery, gallery_of, _given(source, image, text), config, batch)
     pairs = islice(_pairs(source, image, text, config, predictor.model, only=query), rank, None, world)
     how: dict[str, Any] = {"batch": batch, "top": top, "strict": strict}
-    predictions: Iterable[Prediction] = (
-        predict_pairs(predictor, pairs, routing=routing, masks=_mask_writer(predictor, out), **how)
-        if found is None
-        else rank_pairs(predictor, pairs, found, **how)
-    )
+    if found is None:
+        how |= {"routing": routing, "masks": _mask_writer(predictor, out)}
+    predict_all = predict_pairs if found is None else partial(rank_pairs, gallery=found)
+    predictions: Iterable[Prediction] = predict_all(predictor, pairs, **how)
     if world > 1:
         predictions = _gather(predictions, batch)
         if rank:
