@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mopefuse.data.base import Batch
 
+torch.ones(1, requires_grad=True).sum().backward()  # a first backward below would start a thread, after which forks fail
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 """One for all: libraries keep tensors in caches, and those of one mode are refused in another."""
 

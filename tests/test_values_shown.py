@@ -141,7 +141,7 @@ def test_an_export_speaks_of_values(run: Path, tmp_path: Path) -> None:
 def test_a_model_of_a_run_can_be_saved_as_an_adapter(run: Path, tmp_path: Path) -> None:
     with pytest.raises(MopefuseError, match=r"needs a model from build_fusion or load_model, got RunModel") as error:
         mopefuse.save_adapter(mopefuse.load(run, device="cpu").model, tmp_path / "adapter")  # type: ignore[arg-type]
-    assert "pass mopefuse.load_model(RUN)" in error.value.fix
+    assert "pass the result of mopefuse.load_model" in error.value.fix
     saved = mopefuse.save_adapter(mopefuse.load_model(run, device="cpu"), tmp_path / "adapter", labels=["price", "size"])
     (value,) = mopefuse.load(saved, device="cpu").predict([Image.new("RGB", (16, 16))], ["red large"])
     assert value["value"].keys() == value["quantiles"].keys() == {"price", "size"}

@@ -60,7 +60,7 @@ def save_adapter(
     """
     if not isinstance(model, Fusion):
         what = f"save_adapter needs a model from build_fusion or load_model, got {type(model).__name__}"
-        fix = "pass mopefuse.load_model(RUN), or run mopefuse export RUN --format adapter"
+        fix = "pass the result of mopefuse.load_model, or run mopefuse export RUN --format adapter"
         raise ConfigError(ConfigCode.NOT_A_TRAINED_MODEL, what, where="model", fix=fix)
     folder = Path(out)
     remove_leftovers(folder.absolute().parent, folder.name)
