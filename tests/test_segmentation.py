@@ -22,9 +22,10 @@ from mopefuse.data.load import load_data
 from mopefuse.data.sets import digit_masks
 from mopefuse.fusion.build import build_model
 from mopefuse.metrics.masks import MaskOutcome
+from mopefuse.metrics.names import IGNORED
 from mopefuse.modalities.masks import MASKS, decode_runs, encode_runs, resized
 from mopefuse.tasks.base import task_from_facts
-from mopefuse.tasks.segmentation import IGNORED, OBJECT, Segmentation
+from mopefuse.tasks.segmentation import OBJECT, Segmentation
 
 SPECS = ("--main", "tiny:vision", "--comp", "tiny:text", "--device", "cpu")
 METHODS = ("conditional", "late-concat", "cross-attention", "main-only")

@@ -134,10 +134,10 @@ def _check(source: str | None, image: Path | None, text: str | None, out: Path |
 
 
 def _note_top(top: int | None, model: LoadedModel) -> None:
-    """Print a notice if there are no probabilities to choose from."""
+    """Print a notice if there are neither probabilities nor candidates to choose from."""
     from mopefuse.cli._render import err
 
-    if top is not None and not model.task.is_classification:
+    if top is not None and not (model.task.is_classification or model.task.compares_samples):
         err().print(f"--top has no effect: the task is {model.task}", markup=False)
 
 

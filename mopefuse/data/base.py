@@ -104,7 +104,7 @@ class Split:
         index = np.asarray(numbers, dtype=np.int64)
         keys, loose_keys = ({name: digests[index] for name, digests in kind.items()} for kind in (self.keys, self.loose_keys))
         rows = [self.rows[number] for number in numbers]
-        masks = None if self.masks is None else replace(self.masks, number_S=self.masks.number_S[index])
+        masks = None if self.masks is None else self.masks.take(index)
         return replace(self, rows=rows, labels=self.labels.take(index), keys=keys, loose_keys=loose_keys, masks=masks)
 
 

@@ -135,10 +135,14 @@ class Samples(Dataset[dict[str, Any]]):
             assert row is not None
             reduced = preprocess.reduce(self.data.read(self.split, row, modality, self.config))
         if side in self.changes:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(derive_seed(self.seed, epoch, index))
-                reduced = np.asarray(self.changes[side](Image.fromarray(reduced)))
+            reduced = np.asarray(self._augmented(side, epoch, index, Image.fromarray(reduced)))
         return preprocess.ready(reduced)
+
+    def _augmented(self, side: str, epoch: int, index: int, picture: Any) -> Any:
+        """An image or a mask of a sample with the augmentation of a side, the same for both."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed(self.seed, epoch, index))
+            return self.changes[side](picture)
 
     def augmented_mask(self, epoch: int, index: int) -> Tensor:
         """The mask (H, W) of a sample, changed as its main image is."""
@@ -147,9 +151,7 @@ class Samples(Dataset[dict[str, Any]]):
         assert self.augmented_masks is not None
         classes = self.augmented_masks.classes(index)
         height, width = self.readers["main"][1].describe()["size"]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derive_seed(self.seed, epoch, index))
-            changed = self.changes["main"](Mask(torch.from_numpy(resized(classes, (height, width)))))
+        changed = self._augmented("main", epoch, index, Mask(torch.from_numpy(resized(classes, (height, width)))))
         return torch.from_numpy(resized(changed.numpy(), classes.shape))
 
     def batch(self, items: Sequence[dict[str, Any]]) -> Batch | MopefuseError:

@@ -7,7 +7,7 @@ Shapes: S valid rows of a split, I files of a modality.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,10 @@ class FileValues:
     number_S: Array
     names: list[str]
     infos: list[FileInfo]
+
+    def take(self, rows: Array) -> FileValues:
+        """Select the values of some rows, in the order of `rows`."""
+        return replace(self, number_S=self.number_S[rows])
 
     def keys(self) -> Array:
         """Digests (S,), see `Split.keys`."""

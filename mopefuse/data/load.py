@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from mopefuse.config.schema import Data as DataConfig
@@ -150,7 +149,7 @@ def _split(name: str, index: Index, rows: Numbers, skipped: tuple[Problem, ...],
         labels=labels,
         keys=keys,
         loose_keys={modality: values.loose_keys()[rows] for modality, values in index.values.items()},
-        masks=None if index.masks is None else replace(index.masks, number_S=index.masks.number_S[rows]),
+        masks=None if index.masks is None else index.masks.take(rows),
         hash=_fingerprint(name, index, rows, skipped),
         skipped=skipped,
     )

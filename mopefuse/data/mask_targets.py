@@ -84,12 +84,6 @@ class MaskTargets(Targets):
             self._kept[number], self._bytes = ids, self._bytes + ids.nbytes
         return ids
 
-    def dense(self) -> Tensor:
-        """The targets of all rows."""
-        import torch
-
-        return self[torch.arange(len(self))]
-
     def label_counts(self) -> dict[str, int]:
         """Count the pixels of each class, of at most `_COUNTED` masks that are evenly spaced."""
         rows = np.unique(np.linspace(0, len(self) - 1, min(len(self), _COUNTED)).astype(int)).tolist()

@@ -19,9 +19,10 @@ from mopefuse.data.index import Index
 from mopefuse.data.known_labels import labels_file, read_labels_file
 from mopefuse.data.mask_targets import ids_by_digest, text_among
 from mopefuse.errors import DataError
+from mopefuse.metrics.names import IGNORED
 from mopefuse.modalities.base import get_modality, picture_among
 from mopefuse.modalities.masks import ids_in
-from mopefuse.tasks.segmentation import IGNORED, OBJECT, Segmentation
+from mopefuse.tasks.segmentation import OBJECT, Segmentation
 
 if TYPE_CHECKING:  # rows can be read without torch
     pass

@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mopefuse.metrics.names import IGNORED
 from mopefuse.metrics.tally import Tally
 from mopefuse.metrics.thresholds import THRESHOLD, Thresholds
 
 Floats = NDArray[np.float64]
-_IGNORED = 255
 
 
 def count_pixels(predicted: Tensor, true: Tensor, classes: int) -> Tensor:
@@ -32,7 +32,7 @@ def count_pixels(predicted: Tensor, true: Tensor, classes: int) -> Tensor:
     Args:
         predicted, true: class of each pixel (B, H, W); 255 in `true` for pixels that do not count.
     """
-    valid = (true != _IGNORED).flatten(1)
+    valid = (true != IGNORED).flatten(1)
     predicted, true = predicted.flatten(1).long(), true.flatten(1).long()
     kinds = (valid & (predicted == true), valid, valid)
     found = []

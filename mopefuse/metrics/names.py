@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mopefuse.core.formatting import percent
 
+IGNORED = 255
+"""Class of the pixels in targets that do not count in any metric."""
 RANKS = frozenset(("median_rank", "median_rank_main_to_comp", "median_rank_comp_to_main"))
 """Metrics that are ranks."""
 ERRORS = frozenset(("loss", "mae", "rmse", "mae_sd", "rmse_sd")) | RANKS

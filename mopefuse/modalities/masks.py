@@ -66,10 +66,6 @@ class Masks(Files):
         present = np.bincount(ids.ravel(), minlength=256) > 0
         return FileInfo(width=ids.shape[1], height=ids.shape[0], ids=np.packbits(present).tobytes())
 
-    def limits(self, config: DataConfig) -> tuple[object, ...]:
-        """See `Files.limits`."""
-        return (config.max_pixels,)
-
     def findings(self, name: str, info: FileInfo) -> Iterator[tuple[str, str, str]]:
         """See `Files.findings`."""
         if info.code:

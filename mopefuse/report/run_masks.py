@@ -14,11 +14,11 @@ from torch import Tensor
 
 from mopefuse.core.formatting import percent
 from mopefuse.inference.mask_files import overlay, palette
-from mopefuse.metrics.names import write_metric
+from mopefuse.metrics.names import IGNORED, write_metric
 from mopefuse.modalities.base import picture_among
 from mopefuse.report.pages import Section, fragment, thumbnail
 from mopefuse.report.run_data import RunFacts
-from mopefuse.tasks.segmentation import IGNORED, Segmentation
+from mopefuse.tasks.segmentation import Segmentation
 
 _EXAMPLES, _WORST = 8, 8
 _SIDE = 160  # pixels; smaller pictures are enlarged to it

@@ -18,6 +18,7 @@ from PIL import Image
 from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.core.formatting import json_text
 from mopefuse.errors import ConfigError, DataError
+from mopefuse.metrics.names import IGNORED
 from mopefuse.metrics.thresholds import THRESHOLD, Thresholds
 from mopefuse.modalities.masks import encode_runs
 from mopefuse.tasks.base import Array, Labelled, Task, TrainingTargets
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from mopefuse.config.schema import RunConfig
     from mopefuse.metrics.masks import MaskOutcome, MaskTally
 
-IGNORED = 255
-"""Class of pixels in targets that do not count."""
 OBJECT = ("background", "object")
 """The classes of masks that mark what a text names."""
 LARGEST = 224
@@ -44,7 +43,7 @@ class Segmentation(Task):
         size: (H, W), in pixels; empty before training. ignored: the id in masks that does not count.
         foreground: the id that marks the object, in masks that mark one; None for masks with class ids.
         names: names of the ids in masks, if the text of a sample names the class that is its object.
-        dice: weight of the Dice loss. share: share of each class among the pixels of the training split.
+        dice: weight of the Dice loss.
     """
 
     name, metric, metric_title = "segmentation", "miou", "mean IoU"
