@@ -257,6 +257,7 @@ def test_an_export_ranks_as_the_run_does(run: Path, pairs: Path, tmp_path: Path,
         ours, theirs = (mopefuse.load(path, device="cpu").embed(**{name: each}) for path in (run, out))
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
     command = ("--gallery", pairs / "test.jsonl", "--gallery-of", "text", "--top", "2")
+    assert "has no effect" not in call("predict", run, pairs / "test.jsonl", *command).stderr
     ours, theirs = (predict(path, pairs / "test.jsonl", *command) for path in (run, out))
     assert [[one["id"] for one in row["ranked"]] for row in ours] == [[one["id"] for one in row["ranked"]] for row in theirs]
 

@@ -165,9 +165,6 @@ class Bundle:
 
         The graph embeds both values of a pair, so the other one is blank here.
         """
-        if name not in self.modalities:
-            what = f"the bundle reads {' and '.join(self.modalities)}, not {name}"
-            raise DataError(DataCode.WRONG_VALUE_KIND, what, where="embed", fix=f"pass {self.modalities[0]} values")
         blanks = {other: [modality.get_modality(other).blank_value()] * len(values) for other in self.modalities}
         outputs_BN, _ = self.run(self.collate(**modality.to_arguments({**blanks, name: values})))
         both = np.split(outputs_BN.astype(np.float32), 2, axis=1)

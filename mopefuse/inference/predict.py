@@ -154,7 +154,11 @@ class Predictor:
         if len(values) != 1:
             what = f"expected values of one modality, got {' and '.join(values) or 'none'}"
             raise DataError(DataCode.BAD_VALUES, what, where="embed", fix="pass images or texts")
-        return self.model.embed(*next(iter(values.items())))
+        name, given = next(iter(values.items()))
+        if name not in self.model.modalities:
+            what = f"the model reads {' and '.join(self.model.modalities)}, not {name}"
+            raise DataError(DataCode.WRONG_VALUE_KIND, what, where="embed", fix=f"pass {self.model.modalities[0]} values")
+        return self.model.embed(name, given)
 
 
 def _require(values: Mapping[str, Sequence[Any]], model: Model) -> None:

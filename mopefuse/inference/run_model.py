@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from mopefuse.config.encoder_sides import Comp
 from mopefuse.core import cache
 from mopefuse.core import device as devices
-from mopefuse.core.error_codes import DataCode
-from mopefuse.errors import DataError
 from mopefuse.fusion.collator import Collator, Requirements
 from mopefuse.fusion.retrieval import Towers
 from mopefuse.modalities.base import to_arguments
@@ -70,10 +68,7 @@ class RunModel:
     def embed(self, name: str, values: Sequence[Any]) -> NDArray[np.float32]:
         """Embeddings (B, E); see `mopefuse.inference.predict.Embedder`."""
         assert isinstance(self.fusion, Towers), "methods for retrieval"
-        side = next((side for side in self.fusion.uses if self.fusion.encoder(side).modality == name), None)
-        if side is None:
-            what = f"the model reads {' and '.join(self.modalities)}, not {name}"
-            raise DataError(DataCode.WRONG_VALUE_KIND, what, where="embed", fix=f"pass {self.modalities[0]} values")
+        side = next(side for side in self.fusion.uses if self.fusion.encoder(side).modality == name)
         devices.flush_denormals(self.device)
         readers = {side: self.fusion.readers()[side]}
         collate = Collator(readers, Requirements(self.method, {side: name}, (), either_helps=False))
