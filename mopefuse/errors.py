@@ -115,6 +115,12 @@ class GateError(MopefuseError):
     family, exit_code = "GATE", 10
 
 
+class RequestError(MopefuseError):
+    """A request to a server of models cannot be answered, or the server cannot be started or reached."""
+
+    family, exit_code = "REQ", 11
+
+
 class Interrupted(MopefuseError):
     """Training was stopped by a signal, after publishing a checkpoint.
 

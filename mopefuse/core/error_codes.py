@@ -372,6 +372,29 @@ class GateCode(ErrorCode):
     EXAMPLE_DIFFERS = 3
 
 
+@unique
+class RequestCode(ErrorCode):
+    """Requests to a server of models: exit code 11."""
+
+    NO_SUCH_MODEL = 1
+    MODEL_NOT_NAMED = 2
+    BAD_REQUEST = 3
+    BAD_KEY = 4
+    BODY_TOO_LARGE = 5
+    TOO_MANY_ROWS = 6
+    QUEUE_FULL = 7
+    SHUTTING_DOWN = 8
+    WORKER_LOST = 9
+    TIMED_OUT = 10
+    URLS_NOT_ALLOWED = 11
+    URL_UNREADABLE = 12
+    SERVER_UNREACHABLE = 13
+    SERVER_FAILED = 14
+    PORT_IN_USE = 20
+    EQUAL_MODEL_NAMES = 21
+    NOTHING_TO_SERVE = 22
+
+
 _FAMILIES = {
     "ConfigCode": "CFG",
     "DataCode": "DATA",
@@ -383,4 +406,5 @@ _FAMILIES = {
     "NumericCode": "NUM",
     "PluginCode": "PLUG",
     "GateCode": "GATE",
+    "RequestCode": "REQ",
 }

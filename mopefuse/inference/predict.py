@@ -115,8 +115,7 @@ class Predictor:
         if not modality.count_samples(values):
             return []
         _require(values, self.model)
-        task, labels, thresholds = self.model.task, self.model.labels, self.model.thresholds
-        if isinstance(task, Segmentation):
+        if isinstance(self.model.task, Segmentation):
             picture = modality.picture_among(self.model.modalities)
             values = {**values, picture: modality.prepare_values(picture, values[picture])}  # their sizes are needed
         decoded_BN, weights_BLK = self.model.predict_decoded(values)
@@ -126,16 +125,13 @@ class Predictor:
                 "the model's prediction is NaN or infinite",
                 fix="train again, or use a different --checkpoint",
             )
-        if isinstance(task, Segmentation):
-            both = zip(decoded_BN, values[picture], strict=True)
-            predictions = [{"mask": task.mask_of(decoded, (image.height, image.width))} for decoded, image in both]
-        else:
-            predictions = [task.predict(decoded_N, labels, thresholds, top) for decoded_N in decoded_BN.tolist()]
+        samples = [dict(zip(values, sample, strict=True)) for sample in zip(*values.values(), strict=True)]
+        both = zip(decoded_BN, samples, strict=True)
+        predictions = [describe(self.model, decoded, sample, top) for decoded, sample in both]
         if routing and weights_BLK is not None:
             for each, weights_LK in zip(predictions, weights_BLK, strict=True):
                 each["routing"] = weights_LK
         return predictions
-
 
     def embed(self, images: Any = None, texts: Any = None, **more: Any) -> NDArray[np.float32]:
         """The embeddings (B, E) of values of one modality, of length 1; the dot product of two is the score of a pair.
@@ -159,6 +155,19 @@ class Predictor:
             what = f"the model reads {' and '.join(self.model.modalities)}, not {name}"
             raise DataError(DataCode.WRONG_VALUE_KIND, what, where="embed", fix=f"pass {self.model.modalities[0]} values")
         return self.model.embed(name, given)
+
+
+def describe(model: Model, decoded: Array, values: Mapping[str, Any], top: int | None = None) -> Prediction:
+    """The prediction for a sample.
+
+    Args:
+        decoded: what `Task.decode` returned for it, (N,), of masks (N, h, w). values: by modality; a picture as a PIL image.
+    """
+    task = model.task
+    if not isinstance(task, Segmentation):
+        return task.predict(decoded.tolist(), model.labels, model.thresholds, top)
+    image = values[modality.picture_among(model.modalities)]
+    return {"mask": task.mask_of(decoded, (image.height, image.width))}
 
 
 def _require(values: Mapping[str, Sequence[Any]], model: Model) -> None:

@@ -1,0 +1,208 @@
+"""Answers requests for any of many models, independent of how they arrive. Several threads may share one engine.
+
+Requests for all models are taken together. Those for runs with the same frozen encoders are predicted in one forward pass
+(`mopefuse.serving.shared_pair`); those for other runs, and for bundles, by their own model. A request that cannot be answered
+gets an error as its answer, and does not affect the others.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mopefuse.config.schema import Data
+from mopefuse.core.dependencies import convert_error
+from mopefuse.core.error_codes import DataCode, NumericCode, RequestCode, ResourceCode
+from mopefuse.errors import DataError, MopefuseError, NumericError, RequestError, ResourceError
+from mopefuse.inference.predict import as_json
+from mopefuse.modalities import base as modality
+from mopefuse.modalities.files import Files
+from mopefuse.modalities.image import MAX_PIXELS
+from mopefuse.serving.catalogue import Catalogue, Entry
+from mopefuse.serving.request import Answer, Request
+from mopefuse.serving.resident import Executor, Outcome, Resident, Residents
+
+_OUT_OF_MEMORY = (ResourceCode.GPU_MEMORY, ResourceCode.HOST_MEMORY)
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine serves, and with which resources; plain values, so that it can be sent to another process.
+
+    Attributes:
+        models, adapters: see `mopefuse.serving.catalogue.Catalogue`.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps". threads: CPU threads of one model; None for the library's default.
+        resident: models whose weights are kept in memory; the least recently used one makes room for another.
+        cache_mb: size of the cache of encoder features, in megabytes of 2**20 bytes; 0 for none.
+        max_pixels: larger images are refused by their header.
+    """
+
+    models: tuple[str, ...] = ()
+    adapters: str | None = None
+    device: str = "auto"
+    threads: int | None = None
+    resident: int = 256
+    cache_mb: int = 256
+    max_pixels: int = MAX_PIXELS
+
+    def catalogue(self) -> Catalogue:
+        """The models; see `Catalogue` for errors."""
+        return Catalogue(self.models, None if self.adapters is None else Path(self.adapters))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as JSON can hold them; ``EngineSettings(**settings)`` is the inverse."""
+        return asdict(self) | {"models": list(self.models)}
+
+
+class Engine:
+    """Predicts with all models of a catalogue.
+
+    Raises:
+        RequestError, CheckpointError: see `Catalogue`.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings, self.catalogue = settings, settings.catalogue()
+        self._data = Data(max_pixels=settings.max_pixels)
+        self._residents = Residents(settings.device, settings.threads, settings.resident, settings.cache_mb * 2**20)
+
+    def load(self) -> None:
+        """Load the models that were named one by one, so that the first request does not wait for it.
+
+        Raises:
+            MopefuseError: one of them cannot be loaded.
+        """
+        for entry in self.catalogue.named():
+            self._residents.get(entry)
+
+    def stats(self) -> dict[str, int]:
+        """Counts for monitoring: resident models, loads, and hits, misses and bytes of the cache of features."""
+        return self._residents.stats()
+
+    def predict(self, requests: Sequence[Request]) -> list[Answer]:
+        """The answer to each request, in their order; an error is an answer as well and is never raised."""
+        answers: list[Answer | None] = [None] * len(requests)
+        groups: dict[Executor, list[_Sample]] = {}
+        for number, request in enumerate(requests):
+            try:
+                resident = self._resident(request)
+                values = self._values(request, resident)
+                groups.setdefault(resident.executor, []).append(_Sample(number, request, resident, values))
+            except Exception as error:
+                answers[number] = _as_known(error)
+        for executor, samples in groups.items():
+            for sample, answer in zip(samples, _run(executor, samples), strict=True):
+                answers[sample.number] = answer
+        return [answer for answer in answers if answer is not None]
+
+    def _resident(self, request: Request) -> Resident:
+        entry = self.catalogue.find(request.model)
+        try:
+            return self._residents.get(entry)
+        except MopefuseError:
+            if self._is_gone(entry):  # its folder was removed while it was being loaded
+                self.catalogue.find(request.model)
+            raise
+
+    def _is_gone(self, entry: Entry) -> bool:
+        return not (entry.folder / "manifest.json").is_file()
+
+    def _values(self, request: Request, resident: Resident) -> dict[str, Any]:
+        """The values of a sample, decoded, by each modality that the model reads.
+
+        Raises:
+            DataError: a value cannot be read, or one is missing that the model needs.
+        """
+        if request.top is not None and request.top < 1:
+            what = f"top must be at least 1, got {request.top}"
+            raise RequestError(RequestCode.BAD_REQUEST, what, where="top", fix="use 1 or more")
+        values: dict[str, Any] = {}
+        for name in resident.modalities:
+            value = request.values.get(name)
+            if value is not None and resident.empty_is_missing and isinstance(value, str) and not value.strip():
+                value = None
+            values[name] = None if value is None else self._decoded(name, value)
+        resident.require(values)
+        return values
+
+    def _decoded(self, name: str, value: str | bytes) -> Any:
+        kind = modality.get_modality(name)
+        if isinstance(kind, Files) != isinstance(value, bytes):
+            what = f"{name} must be {'a file' if isinstance(kind, Files) else 'a text'}"
+            raise DataError(DataCode.WRONG_VALUE_KIND, what, where=name, fix=kind.type_fix)
+        if isinstance(kind, Files):
+            assert isinstance(value, bytes)
+            return kind.decode(value, f"the {name}", where=name, config=self._data)
+        return value
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A request whose values were read."""
+
+    number: int
+    request: Request
+    resident: Resident
+    values: Mapping[str, Any]
+
+
+def _run(executor: Executor, samples: Sequence[_Sample]) -> list[Answer]:
+    """The answers to samples of one executor.
+
+    If memory is short, each half is tried once; any other error of several samples is attributed by trying each alone.
+    """
+    try:
+        outcomes = executor.run([(sample.resident, sample.values) for sample in samples])
+        return [_answer(sample, outcome) for sample, outcome in zip(samples, outcomes, strict=True)]
+    except Exception as error:
+        known = _as_known(error)
+    _release_memory()
+    if len(samples) == 1:
+        return [known]
+    is_short = isinstance(known, ResourceError) and known.number in _OUT_OF_MEMORY
+    size = -(-len(samples) // 2) if is_short else 1
+    return [answer for part in _parts(samples, size) for answer in _run_once(executor, part)]
+
+
+def _run_once(executor: Executor, samples: Sequence[_Sample]) -> list[Answer]:
+    try:
+        outcomes = executor.run([(sample.resident, sample.values) for sample in samples])
+        return [_answer(sample, outcome) for sample, outcome in zip(samples, outcomes, strict=True)]
+    except Exception as error:
+        return [_as_known(error)] * len(samples)
+
+
+def _parts(samples: Sequence[_Sample], size: int) -> list[Sequence[_Sample]]:
+    return [samples[start : start + size] for start in range(0, len(samples), size)]
+
+
+def _answer(sample: _Sample, outcome: Outcome) -> Answer:
+    resident, request = sample.resident, sample.request
+    if not np.isfinite(outcome.decoded).all():
+        what, fix = "the model's prediction is NaN or infinite", "train the model again"
+        return NumericError(NumericCode.PREDICTION_NOT_FINITE, what, where=request.model, fix=fix)
+    found = resident.describe(outcome, sample.values, request.top, request.routing)
+    return as_json(found)
+
+
+def _as_known(error: Exception) -> MopefuseError:
+    """An error as an answer; an unknown one is a bug, whose details stay in the log of the server."""
+    known = error if isinstance(error, MopefuseError) else convert_error(error)
+    if known is not None:
+        return known
+    what = f"internal error: {type(error).__name__}"
+    failure = RequestError(RequestCode.SERVER_FAILED, what, fix="please report it, with the log of the server")
+    failure.__cause__ = error
+    return failure
+
+
+def _release_memory() -> None:
+    """Return memory that a failed batch held to the GPU, before a smaller one is tried."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
