@@ -41,7 +41,7 @@ def attend_in_windows(
     form: type[_Form] = _Joint
     if gate_H is not None:
         form = _Gated
-        prompt_v_BHPE = prompt_v_BHPE * torch.tanh(gate_H).to(prompt_v_BHPE.dtype)[:, None, None]
+        prompt_v_BHPE = prompt_v_BHPE * torch.tanh(gate_H).to(prompt_v_BHPE.dtype)[..., None, None]
     hidden_ZP = None if prompt_mask_BP is None else _hidden(prompt_mask_BP, qkv_NLX.shape[0], prompt_k_BHPE.shape[1])
     inputs = (qkv_NLX, prompt_k_BHPE, prompt_v_BHPE, hidden_ZP, bias_1HLL, mask_WLL, scale)
     if not torch.is_grad_enabled():

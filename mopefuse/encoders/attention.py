@@ -41,7 +41,8 @@ class Prompt(NamedTuple):
     Attributes:
         tokens_BPD: prompt tokens at the layer's input, before the norm ahead of its attention; P may be 0.
         gate_H: None as in the papers: prompts and tokens share one softmax. With one scalar per head, prompts have a separate
-            softmax whose result is scaled by tanh(gate) and added; a gate of 0 leaves the layer unchanged.
+            softmax whose result is scaled by tanh(gate) and added; a gate of 0 leaves the layer unchanged. Samples may have
+            gates of their own, (B, H).
         modulation: modulation of the layer's own tokens; it does not apply to the prompt.
         mask_BP: False for prompt tokens without effect; samples may differ in how many they have; None without any. Each
             sample has at least one token with effect.
@@ -169,7 +170,7 @@ def attend_prompts(
         mask_BP: see `Prompt.mask_BP`.
     """
     scale = q_NHLE.shape[-1] ** -0.5 if scale is None else scale
-    gated_BHPE = prompt_v_BHPE * torch.tanh(gate_H).to(prompt_v_BHPE.dtype)[:, None, None]
+    gated_BHPE = prompt_v_BHPE * torch.tanh(gate_H).to(prompt_v_BHPE.dtype)[..., None, None]
     keys_NHPE, values_NHPE = (repeat_for_windows(part, q_NHLE.shape[0]) for part in (prompt_k_BHPE * scale, gated_BHPE))
     scores_NHPL = keys_NHPE @ q_NHLE.contiguous().transpose(-2, -1)
     if mask_BP is not None:

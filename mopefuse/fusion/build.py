@@ -179,17 +179,24 @@ def _config_of(given: Mapping[str, Any]) -> RunConfig:
     return build_config(values, source="build_fusion", names=names)
 
 
-def build_model(config: RunConfig, num_labels: int, task: Task | None = None, *, method: type[Fusion] | None = None) -> Fusion:
+def build_model(
+    config: RunConfig,
+    num_labels: int,
+    task: Task | None = None,
+    *,
+    method: type[Fusion] | None = None,
+    encoders: Mapping[str, Encoder] | None = None,
+) -> Fusion:
     """Build the model of a run, in evaluation mode: the same seed gives the same weights, regardless of the caller's
     random generators.
 
     Args:
         num_labels: N, the number of logits. task: default single-label. method: default the registered one that `config`
-            names.
+            names. encoders: frozen encoders to share with other models, by side; None loads those that `config` names.
     """
     method = method or _method(config, task)
     with _BUILDING, torch.random.fork_rng(devices=[]):
-        encoders = {side: _load_encoder(config, side) for side in method.sides(config)}
+        encoders = encoders or {side: _load_encoder(config, side) for side in method.sides(config)}
         if method.whole_images:
             _stretch_images(encoders["main"])
         torch.default_generator.manual_seed(config.seed)

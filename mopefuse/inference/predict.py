@@ -39,21 +39,31 @@ from mopefuse.tasks.segmentation import Segmentation
 Prediction = dict[str, Any]
 
 
-class Model(Protocol):
-    """A trained run or an exported bundle.
+class ModelFacts(Protocol):
+    """What describes a trained model, besides its weights.
 
     Attributes:
-        labels: labels in the order of the logits. thresholds: probability from which each label is predicted (multi-label).
+        labels: in the order of the logits. thresholds: probability from which each label is predicted (multi-label).
         modalities: the modalities that its encoders read. optional_modalities: those of them that it can predict without.
         empty_is_missing: whether empty texts counted as missing in its training.
     """
 
-    labels: tuple[str, ...]
-    task: Task
-    thresholds: Sequence[float]
-    modalities: tuple[str, ...]
-    optional_modalities: tuple[str, ...]
-    empty_is_missing: bool
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def task(self) -> Task: ...
+    @property
+    def thresholds(self) -> Sequence[float]: ...
+    @property
+    def modalities(self) -> tuple[str, ...]: ...
+    @property
+    def optional_modalities(self) -> tuple[str, ...]: ...
+    @property
+    def empty_is_missing(self) -> bool: ...
+
+
+class Model(ModelFacts, Protocol):
+    """A trained run or an exported bundle."""
 
     def predict_decoded(self, values: Mapping[str, Sequence[Any]]) -> tuple[Array, list[Any] | None]:
         """What `Task.decode` returns (B, N), and the routing weights of each sample (routed layers, experts) or None.
@@ -157,7 +167,7 @@ class Predictor:
         return self.model.embed(name, given)
 
 
-def describe(model: Model, decoded: Array, values: Mapping[str, Any], top: int | None = None) -> Prediction:
+def describe(model: ModelFacts, decoded: Array, values: Mapping[str, Any], top: int | None = None) -> Prediction:
     """The prediction for a sample.
 
     Args:

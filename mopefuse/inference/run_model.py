@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mopefuse.config.encoder_sides import Comp
 from mopefuse.core import cache
 from mopefuse.core import device as devices
+from mopefuse.encoders.base import Encoder
 from mopefuse.fusion.collator import Collator, Requirements
 from mopefuse.fusion.retrieval import Towers
 from mopefuse.modalities.base import to_arguments
@@ -26,13 +27,25 @@ from mopefuse.tasks.base import Array
 class RunModel:
     """The model of a run or an adapter, on one device.
 
+    Args:
+        main, comp, encoders: see `mopefuse.runs.load.load_model`.
+
     Raises:
         CheckpointError: there is no such run or checkpoint, or the encoders are not those that it was trained with.
     """
 
-    def __init__(self, run: Path, checkpoint: str, device: str, *, main: str | None = None, comp: Comp = None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        checkpoint: str = "best",
+        device: str = "auto",
+        *,
+        main: str | None = None,
+        comp: Comp = None,
+        encoders: Mapping[str, Encoder] | None = None,
+    ) -> None:
         self.device = devices.resolve(device)
-        loaded = load_model(find_run(run), checkpoint, self.device, main=main, comp=comp)
+        loaded = load_model(find_run(run), checkpoint, self.device, main=main, comp=comp, encoders=encoders)
         self.fusion, self.precision = loaded.model, loaded.config.train.precision
         self.labels: tuple[str, ...] = tuple(loaded.manifest["labels"])
         self.modalities = tuple(dict.fromkeys(self.fusion.encoder(side).modality for side in self.fusion.reads))

@@ -19,7 +19,7 @@ from mopefuse.core.error_codes import CheckpointCode, DataCode
 from mopefuse.core.tensor_files import read_tensors
 from mopefuse.data.base import DataSet
 from mopefuse.data.load import has_split_column, load_data
-from mopefuse.encoders.base import full_spec
+from mopefuse.encoders.base import Encoder, full_spec
 from mopefuse.encoders.description import SOURCES, differences, other_versions
 from mopefuse.errors import CheckpointError, DataError, Notice
 from mopefuse.fusion.base import Fusion
@@ -116,12 +116,19 @@ def load_split(
 
 
 def load_model(
-    folder: RunFolder, checkpoint: str, device: torch.device, *, main: str | None = None, comp: Comp = None
+    folder: RunFolder,
+    checkpoint: str,
+    device: torch.device,
+    *,
+    main: str | None = None,
+    comp: Comp = None,
+    encoders: Mapping[str, Encoder] | None = None,
 ) -> Loaded:
     """The model of a run or an adapter with the weights of one of its checkpoints, on `device`.
 
     Args:
         main, comp: other specs of the same encoders, see `mopefuse.config.encoder_sides.specs_by_side`.
+        encoders: the same encoders by side, taken from a model that was loaded before, in place of loading them again.
 
     Raises:
         CheckpointError: the encoders differ from those that the run was trained with, or its files do not match each other.
@@ -130,8 +137,9 @@ def load_model(
     modality_of = {side: str(facts["modality"]) for side, facts in manifest["encoders"].items()}
     config = _with_other_specs(config, specs_by_side(main, comp, modality_of), where=str(folder.path))
     task = task_from_facts(manifest["task"])
-    model = build_model(config, task.outputs(manifest["labels"]), task)
-    check_encoders(model, manifest, where=str(folder.path))
+    model = build_model(config, task.outputs(manifest["labels"]), task, encoders=encoders)
+    if encoders is None:
+        check_encoders(model, manifest, where=str(folder.path))
     path, facts = folder.checkpoint(checkpoint)
     model.load_trainable_state_dict(read_tensors(path / "weights.safetensors"), where=str(path))
     devices.move_to_device(model, device)

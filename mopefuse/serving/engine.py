@@ -7,8 +7,9 @@ gets an error as its answer, and does not affect the others.
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from mopefuse.modalities.files import Files
 from mopefuse.modalities.image import MAX_PIXELS
 from mopefuse.serving.catalogue import Catalogue, Entry
 from mopefuse.serving.request import Answer, Request
-from mopefuse.serving.resident import Executor, Outcome, Resident, Residents
+from mopefuse.serving.resident import Executor, Outcome, Resident, Residents, Value, Values
 
 _OUT_OF_MEMORY = (ResourceCode.GPU_MEMORY, ResourceCode.HOST_MEMORY)
 
@@ -112,7 +113,7 @@ class Engine:
     def _is_gone(self, entry: Entry) -> bool:
         return not (entry.folder / "manifest.json").is_file()
 
-    def _values(self, request: Request, resident: Resident) -> dict[str, Any]:
+    def _values(self, request: Request, resident: Resident) -> Values:
         """The values of a sample, decoded, by each modality that the model reads.
 
         Raises:
@@ -121,7 +122,7 @@ class Engine:
         if request.top is not None and request.top < 1:
             what = f"top must be at least 1, got {request.top}"
             raise RequestError(RequestCode.BAD_REQUEST, what, where="top", fix="use 1 or more")
-        values: dict[str, Any] = {}
+        values: dict[str, Value | None] = {}
         for name in resident.modalities:
             value = request.values.get(name)
             if value is not None and resident.empty_is_missing and isinstance(value, str) and not value.strip():
@@ -130,15 +131,17 @@ class Engine:
         resident.require(values)
         return values
 
-    def _decoded(self, name: str, value: str | bytes) -> Any:
+    def _decoded(self, name: str, value: str | bytes) -> Value:
         kind = modality.get_modality(name)
         if isinstance(kind, Files) != isinstance(value, bytes):
             what = f"{name} must be {'a file' if isinstance(kind, Files) else 'a text'}"
             raise DataError(DataCode.WRONG_VALUE_KIND, what, where=name, fix=kind.type_fix)
         if isinstance(kind, Files):
             assert isinstance(value, bytes)
-            return kind.decode(value, f"the {name}", where=name, config=self._data)
-        return value
+            decoded = kind.decode(value, f"the {name}", where=name, config=self._data)
+            return Value(decoded, hashlib.blake2b(value, digest_size=16).digest())
+        assert isinstance(value, str)
+        return Value(value, modality.digest(value))
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class _Sample:
     number: int
     request: Request
     resident: Resident
-    values: Mapping[str, Any]
+    values: Values
 
 
 def _run(executor: Executor, samples: Sequence[_Sample]) -> list[Answer]:

@@ -6,17 +6,36 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakValueDictionary
 
 from numpy.typing import NDArray
 
 from mopefuse.core.error_codes import DataCode
 from mopefuse.errors import DataError
-from mopefuse.inference.predict import Model, Prediction, describe
+from mopefuse.inference.bundle import Bundle
+from mopefuse.inference.predict import Model, ModelFacts, Prediction, describe
 from mopefuse.serving.catalogue import Entry
+from mopefuse.tasks.base import Task
 
-Values = Mapping[str, Any]
-"""The decoded values of one sample, by each modality that its model reads; None for a missing one."""
+if TYPE_CHECKING:  # bundles are served without torch
+    from mopefuse.serving.content_cache import ContentCache
+    from mopefuse.serving.shared_pair import SharedPair
+
+@dataclass(frozen=True)
+class Value:
+    """One input, decoded.
+
+    Attributes:
+        key: digest of its content.
+    """
+
+    decoded: Any
+    key: bytes
+
+
+Values = Mapping[str, Value | None]
+"""The values of one sample, by each modality that its model reads; None for a missing one."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,23 @@ class Outcome:
 
     decoded: NDArray[Any]
     routing: list[Any] | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """See `mopefuse.inference.predict.ModelFacts`."""
+
+    labels: tuple[str, ...]
+    task: Task
+    thresholds: Sequence[float]
+    modalities: tuple[str, ...]
+    optional_modalities: tuple[str, ...]
+    empty_is_missing: bool
+
+    @classmethod
+    def of(cls, model: ModelFacts) -> Facts:
+        """The facts of a model."""
+        return cls(**{name: getattr(model, name) for name in cls.__dataclass_fields__})
 
 
 class Executor(Protocol):
@@ -48,7 +84,7 @@ class Resident:
     """
 
     entry: Entry
-    model: Model
+    model: ModelFacts
     executor: Executor
     weights: Any = None
 
@@ -77,21 +113,30 @@ class Resident:
 
     def describe(self, outcome: Outcome, values: Values, top: int | None, routing: bool) -> Prediction:
         """The prediction for a sample."""
-        found = describe(self.model, outcome.decoded, values, top)
+        found = describe(self.model, outcome.decoded, _decoded(values), top)
         if routing and outcome.routing is not None:
             found["routing"] = outcome.routing
         return found
 
 
-class Alone:
-    """Predicts samples of one model, a run or a bundle, by its own forward pass."""
+def _decoded(values: Values) -> dict[str, Any]:
+    return {name: None if value is None else value.decoded for name, value in values.items()}
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+
+class Alone:
+    """Predicts samples of one model, a run or a bundle, by its own forward pass.
+
+    Args:
+        encoders: what other models share with it, which are kept as long as it is.
+    """
+
+    def __init__(self, model: Model, encoders: object = None) -> None:
+        self.model, self.encoders = model, encoders
 
     def run(self, samples: Sequence[tuple[Resident, Values]]) -> list[Outcome]:
         """See `Executor.run`."""
-        values = {name: [sample[name] for _, sample in samples] for name in self.model.modalities}
+        decoded = [_decoded(values) for _, values in samples]
+        values = {name: [sample[name] for sample in decoded] for name in self.model.modalities}
         decoded_BN, routing = self.model.predict_decoded(values)
         return [Outcome(decoded, None if routing is None else routing[at]) for at, decoded in enumerate(decoded_BN)]
 
@@ -105,9 +150,11 @@ class Residents:
 
     def __init__(self, device: str, threads: int | None, limit: int, cache_bytes: int) -> None:
         self._device, self._threads, self._limit, self._cache_bytes = device, threads, limit, cache_bytes
-        self._lock = threading.Lock()
+        self._lock, self._loading_run = threading.Lock(), threading.Lock()
         self._loading: dict[str, threading.Lock] = {}
         self._models: OrderedDict[str, Resident] = OrderedDict()
+        self._pairs: WeakValueDictionary[str, SharedPair] = WeakValueDictionary()
+        self._cache: ContentCache | None = None
         self._loads = 0
 
     def get(self, entry: Entry) -> Resident:
@@ -138,7 +185,10 @@ class Residents:
     def stats(self) -> dict[str, int]:
         """See `mopefuse.serving.engine.Engine.stats`."""
         with self._lock:
-            return {"models_resident": len(self._models), "model_loads": self._loads}
+            found = {"models_resident": len(self._models), "model_loads": self._loads}
+            if (cache := self._cache) is not None:
+                found |= {"cache_hits": cache.hits, "cache_misses": cache.misses, "cache_bytes": cache.bytes}
+            return found
 
     def _found(self, entry: Entry) -> Resident | None:
         found = self._models.get(entry.name)
@@ -148,7 +198,28 @@ class Residents:
         return found
 
     def _load(self, entry: Entry) -> Resident:
-        from mopefuse.inference.predict import load
+        if entry.kind == "bundle":
+            model = Bundle(entry.folder, self._device, threads=self._threads)
+            return Resident(entry, model, Alone(model))
+        with self._loading_run:  # so that two runs with the same encoders do not load them twice
+            return self._load_run(entry)
 
-        model = load(entry.folder, device=self._device).model
-        return Resident(entry, model, Alone(model))
+    def _load_run(self, entry: Entry) -> Resident:
+        from mopefuse.fusion.conditional import ConditionalFusion
+        from mopefuse.inference.run_model import RunModel
+        from mopefuse.serving.adapter_weights import can_share, take_weights
+        from mopefuse.serving.content_cache import ContentCache
+        from mopefuse.serving.shared_pair import SharedPair
+
+        key = entry.encoders
+        pair = self._pairs.get(key) if key else None
+        model = RunModel(entry.folder, device=self._device, encoders=None if pair is None else pair.encoders)
+        if not key:  # an encoder is tuned
+            return Resident(entry, model, Alone(model))
+        if pair is None:
+            self._cache = self._cache or ContentCache(self._cache_bytes)
+            pair = self._pairs[key] = SharedPair(model.fusion.encoders, model.device, self._cache, key)
+        if not can_share(model.fusion):
+            return Resident(entry, model, Alone(model, pair))
+        assert isinstance(model.fusion, ConditionalFusion)
+        return Resident(entry, Facts.of(model), pair, take_weights(model.fusion, model.precision))
