@@ -31,6 +31,7 @@ from mopefuse.cli import (
     predict,
     push,
     report,
+    serve,
     study,
     train,
 )
@@ -57,6 +58,7 @@ add_command(app, "eval", eval.evaluate, defaults=False)
 add_command(app, "predict", predict.predict, defaults=False)
 app.command("swap-encoder")(swap.swap_encoder)
 app.command("export")(export.export)
+app.command("serve")(serve.serve)
 app.command("push")(push.push)
 app.command("report")(report.report)
 app.command("study")(study.study)
