@@ -8,6 +8,7 @@ gets an error as its answer, and does not affect the others.
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from mopefuse.serving.catalogue import Catalogue, Entry
 from mopefuse.serving.request import Answer, Request
 from mopefuse.serving.resident import Executor, Outcome, Resident, Residents, Value, Values
 
+_LOG = logging.getLogger(__name__)
 _OUT_OF_MEMORY = (ResourceCode.GPU_MEMORY, ResourceCode.HOST_MEMORY)
 
 
@@ -70,6 +72,7 @@ class Engine:
     def __init__(self, settings: EngineSettings) -> None:
         self.settings, self.catalogue = settings, settings.catalogue()
         self._data = Data(max_pixels=settings.max_pixels)
+        self._failed = 0
         self._residents = Residents(settings.device, settings.threads, settings.resident, settings.cache_mb * 2**20)
 
     def load(self) -> None:
@@ -82,8 +85,8 @@ class Engine:
             self._residents.get(entry)
 
     def stats(self) -> dict[str, int]:
-        """Counts for monitoring: resident models, loads, and hits, misses and bytes of the cache of features."""
-        return self._residents.stats()
+        """Counts for monitoring: resident models, loads, batches that failed as a whole, and the cache of features."""
+        return {**self._residents.stats(), "batches_failed": self._failed}
 
     def predict(self, requests: Sequence[Request]) -> list[Answer]:
         """The answer to each request, in their order; an error is an answer as well and is never raised."""
@@ -97,9 +100,30 @@ class Engine:
             except Exception as error:
                 answers[number] = _as_known(error)
         for executor, samples in groups.items():
-            for sample, answer in zip(samples, _run(executor, samples), strict=True):
+            for sample, answer in zip(samples, self._run(executor, samples), strict=True):
                 answers[sample.number] = answer
         return [answer for answer in answers if answer is not None]
+
+    def _run(self, executor: Executor, samples: Sequence[_Sample]) -> list[Answer]:
+        """The answers to samples of one executor.
+
+        If memory is short, each half is tried once; any other error of several samples is attributed by trying each alone.
+        """
+        known = _try(executor, samples)
+        if not isinstance(known, MopefuseError):
+            return known
+        self._failed += 1
+        _release_memory()
+        if len(samples) == 1:
+            return [known]
+        is_short = isinstance(known, ResourceError) and known.number in _OUT_OF_MEMORY
+        size = -(-len(samples) // 2) if is_short else 1
+        answers: list[Answer] = []
+        for start in range(0, len(samples), size):
+            part = samples[start : start + size]
+            again = _try(executor, part)
+            answers += [again] * len(part) if isinstance(again, MopefuseError) else again
+        return answers
 
     def _resident(self, request: Request) -> Resident:
         entry = self.catalogue.find(request.model)
@@ -154,34 +178,13 @@ class _Sample:
     values: Values
 
 
-def _run(executor: Executor, samples: Sequence[_Sample]) -> list[Answer]:
-    """The answers to samples of one executor.
-
-    If memory is short, each half is tried once; any other error of several samples is attributed by trying each alone.
-    """
+def _try(executor: Executor, samples: Sequence[_Sample]) -> list[Answer] | MopefuseError:
+    """The answers to samples, or why there are none for all of them together."""
     try:
         outcomes = executor.run([(sample.resident, sample.values) for sample in samples])
         return [_answer(sample, outcome) for sample, outcome in zip(samples, outcomes, strict=True)]
     except Exception as error:
-        known = _as_known(error)
-    _release_memory()
-    if len(samples) == 1:
-        return [known]
-    is_short = isinstance(known, ResourceError) and known.number in _OUT_OF_MEMORY
-    size = -(-len(samples) // 2) if is_short else 1
-    return [answer for part in _parts(samples, size) for answer in _run_once(executor, part)]
-
-
-def _run_once(executor: Executor, samples: Sequence[_Sample]) -> list[Answer]:
-    try:
-        outcomes = executor.run([(sample.resident, sample.values) for sample in samples])
-        return [_answer(sample, outcome) for sample, outcome in zip(samples, outcomes, strict=True)]
-    except Exception as error:
-        return [_as_known(error)] * len(samples)
-
-
-def _parts(samples: Sequence[_Sample], size: int) -> list[Sequence[_Sample]]:
-    return [samples[start : start + size] for start in range(0, len(samples), size)]
+        return _as_known(error)
 
 
 def _answer(sample: _Sample, outcome: Outcome) -> Answer:
@@ -198,6 +201,7 @@ def _as_known(error: Exception) -> MopefuseError:
     known = error if isinstance(error, MopefuseError) else convert_error(error)
     if known is not None:
         return known
+    _LOG.exception("a request failed", exc_info=error)
     what = f"internal error: {type(error).__name__}"
     failure = RequestError(RequestCode.SERVER_FAILED, what, fix="please report it, with the log of the server")
     failure.__cause__ = error

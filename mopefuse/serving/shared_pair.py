@@ -91,12 +91,12 @@ class SharedPair:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _missing(self, side: str, values: Sequence[Values]) -> Tensor | None:
-        lacking = [sample[self.encoders[side].modality] is None for sample in values]
+        lacking = [sample.get(self.encoders[side].modality) is None for sample in values]
         return torch.tensor(lacking, device=self.device) if any(lacking) else None
 
     def _psi(self, side: str, values: Sequence[Values]) -> Tensor:
         """Pooled features of a complementary side (B, C), in float32."""
-        own = [sample[self.encoders[side].modality] for sample in values]
+        own = [sample.get(self.encoders[side].modality) for sample in values]
         keys = [(self.name, side, b"" if value is None else value.key) for value in own]
 
         def compute(positions: list[int]) -> Tensor:
