@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
-from typing import Annotated
 
-import typer
-
+from mopefuse.cli import _serve_options as options
 from mopefuse.cli.shared_options import Device
+from mopefuse.core.error_codes import ConfigCode
 
 
 def serve(
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME=]MODEL...", help="Runs, adapters or exported bundles: folders, or hf-hub:repo/name."),
-    ] = None,
-    adapters: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder whose subfolders are models, added and removed while serving.")
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8000,
-    workers: Annotated[int, typer.Option(min=1, max=256, help="Processes that predict, each with all models.")] = 1,
+    models: options.Models = None,
+    adapters: options.Adapters = None,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
+    workers: options.Workers = 1,
     device: Device = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each worker.")] = None,
-    max_batch: Annotated[int, typer.Option(min=1, max=65536, help="Rows predicted together, at most.")] = 32,
-    max_wait_ms: Annotated[
-        float, typer.Option(min=0, max=60_000, help="Milliseconds that a row waits for others to be predicted with.")
-    ] = 5.0,
-    queue: Annotated[int, typer.Option(min=1, help="Rows that may wait; requests beyond that are refused.")] = 1024,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request is given up.")] = 30.0,
-    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest body of a request, in MB.")] = 20.0,
-    max_rows: Annotated[int, typer.Option(min=1, help="Rows in one request, at most.")] = 64,
-    drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds to answer accepted requests before exiting.")] = 30.0,
-    log_format: Annotated[str, typer.Option(metavar="text|json", help="Form of the log on stderr.")] = "text",
+    threads: options.Threads = None,
+    resident: options.Resident = 256,
+    cache_mb: options.CacheMb = 256,
+    max_batch: options.MaxBatch = 32,
+    max_wait_ms: options.MaxWaitMs = 5.0,
+    queue: options.Queue = 1024,
+    queue_mb: options.QueueMb = 512.0,
+    timeout: options.Timeout = 30.0,
+    max_body_mb: options.MaxBodyMb = 20.0,
+    max_rows: options.MaxRows = 64,
+    max_pixels: options.MaxPixels = None,
+    max_connections: options.MaxConnections = 0,
+    read_timeout: options.ReadTimeout = 10.0,
+    drain_timeout: options.DrainTimeout = 30.0,
+    cors: options.Cors = None,
+    allow_urls: options.AllowUrls = None,
+    log_format: options.LogFormat = "text",
 ) -> None:
     """Serve models over HTTP.
 
@@ -46,28 +45,40 @@ def serve(
       mopefuse serve runs/first
       mopefuse serve --adapters adapters --port 8080 --workers 2
     """
-    from mopefuse.core.dependencies import require
-
-    require("fastapi", "uvicorn", "python_multipart", "prometheus_client", extra="serve", what="mopefuse serve")
+    _check(log_format)
+    from mopefuse.modalities.image import MAX_PIXELS
     from mopefuse.serving.engine import EngineSettings
     from mopefuse.serving.server import serve as run_server
     from mopefuse.serving.server_settings import ServerSettings
 
-    engine = EngineSettings(tuple(models or ()), None if adapters is None else str(adapters), device, threads)
-    settings = ServerSettings(
-        host=host,
-        port=port,
-        workers=workers,
-        max_batch=max_batch,
-        max_wait_ms=max_wait_ms,
-        queue=queue,
-        timeout=timeout,
-        max_body_mb=max_body_mb,
-        max_rows=max_rows,
-        api_key=os.environ.get("MOPEFUSE_API_KEY", ""),
-        drain_timeout=drain_timeout,
-        log_format=log_format,
-    )
-    if host not in ("127.0.0.1", "localhost", "::1") and not settings.api_key:
+    folder, key = None if adapters is None else str(adapters), os.environ.get("MOPEFUSE_API_KEY", "")
+    engine = EngineSettings(tuple(models or ()), folder, device, threads, resident, cache_mb, max_pixels or MAX_PIXELS)
+    limits = {"queue": queue, "queue_mb": queue_mb, "max_body_mb": max_body_mb, "max_rows": max_rows}
+    times = {"max_wait_ms": max_wait_ms, "timeout": timeout, "read_timeout": read_timeout, "drain_timeout": drain_timeout}
+    access = {"api_key": key, "cors": tuple(cors or ()), "allow_urls": tuple(allow_urls or ())}
+    rest = {"host": host, "port": port, "workers": workers, "max_batch": max_batch, "max_connections": max_connections}
+    settings = ServerSettings(**limits, **times, **access, **rest, log_format=log_format)  # type: ignore[arg-type]
+    if not key and not _is_loopback(host):
         print("notice: anyone who can reach the port can send requests; set MOPEFUSE_API_KEY to require a key", file=sys.stderr)
     run_server(engine, settings)
+
+
+def _check(log_format: str) -> None:
+    """Refuse a missing package, or an unknown format, before anything is imported."""
+    from mopefuse.core.dependencies import require
+    from mopefuse.errors import ConfigError
+
+    packages = ("fastapi", "fastapi_offline", "uvicorn", "python_multipart", "prometheus_client", "httpx")
+    require(*packages, extra="serve", what="mopefuse serve")
+    if log_format not in ("text", "json"):
+        what = f"unknown format {log_format!r}"
+        raise ConfigError(ConfigCode.UNKNOWN_NAME, what, where="--log-format", fix="use text or json")
+
+
+def _is_loopback(host: str) -> bool:
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -2,137 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from mopefuse import __version__
 from mopefuse.core.error_codes import RequestCode
 from mopefuse.errors import MopefuseError, RequestError
-from mopefuse.serving.batching import Predictor, Served
-from mopefuse.serving.body import read_body, read_form
-from mopefuse.serving.catalogue import Catalogue
+from mopefuse.serving import docs_page, openapi
+from mopefuse.serving.batching import Predictor
+from mopefuse.serving.catalogue import Catalogue, Entry
+from mopefuse.serving.metrics import CONTENT_TYPE
 from mopefuse.serving.middleware import EveryRequest, Record, log_line, record_of
-from mopefuse.serving.parse import Body, Row, parse_form, parse_json
 from mopefuse.serving.responses import error_body, error_response, json_response, status_of
 from mopefuse.serving.server_settings import ServerSettings
+from mopefuse.serving.service import Service
 
 _GONE = 499  # the status in the log for a client that did not wait; it never gets a response
-_LARGE = 200_000  # bytes of a body that is parsed by a thread, so that other requests do not wait
-
-T = TypeVar("T")
-
-
-class Service:
-    """What the routes share.
-
-    Attributes:
-        draining: whether the server is about to end, and takes no more requests.
-    """
-
-    def __init__(self, catalogue: Catalogue, predictor: Predictor, settings: ServerSettings) -> None:
-        self.catalogue, self.predictor, self.settings = catalogue, predictor, settings
-        self.draining = False
-        self._held = 0
-
-    async def predict(self, request: Request) -> Response:
-        """Answer ``POST /predict``.
-
-        Raises:
-            MopefuseError: the request cannot be answered as a whole.
-        """
-        if self.draining:
-            fix = "send it again, to another server or when this one is back"
-            raise RequestError(RequestCode.SHUTTING_DOWN, "the server is shutting down", fix=fix)
-        held = 0
-
-        def hold(size: int) -> None:
-            nonlocal held
-            if self._held + size > self.settings.queue_bytes:
-                what = f"the requests that are waiting hold {self.settings.queue_mb:g} MB"
-                fix = "send it again later, or start the server with more --workers"
-                raise RequestError(RequestCode.QUEUE_FULL, what, fix=fix)
-            held += size
-            self._held += size
-
-        try:
-            body = await self._parse(request, hold)
-            return await self._answer(request, body)
-        finally:
-            self._held -= held
-
-    async def _parse(self, request: Request, hold: Callable[[int], None]) -> Body:
-        settings = self.settings
-        content = await read_body(request, limit=settings.max_body, timeout=settings.read_timeout, hold=hold)
-        if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-            return parse_form(await read_form(request, content), self._resolve)
-        if len(content) > _LARGE:
-            return await asyncio.to_thread(parse_json, content, self._resolve, max_rows=settings.max_rows)
-        return parse_json(content, self._resolve, max_rows=settings.max_rows)
-
-    def _resolve(self, name: str | None) -> str:
-        return self.catalogue.find(name).name
-
-    async def _answer(self, request: Request, body: Body) -> Response:
-        wanted = [row.request for row in body.rows if row.request is not None]
-        record = record_of(request.scope)
-        record.rows, record.models = len(body.rows), sorted({one.model for one in wanted})
-        served = iter(await _while_connected(request, self.predictor.predict(wanted)) if wanted else [])
-        found = [next(served) if row.request is not None else _unserved(row) for row in body.rows]
-        record.queued, record.batch = max(one.queued for one in found), max(one.batch for one in found)
-        if body.single and isinstance(found[0].answer, MopefuseError):
-            raise found[0].answer
-        answers = [_prediction(row, one) for row, one in zip(body.rows, found, strict=True)]
-        return json_response(answers[0] if body.single else {"predictions": answers})
-
-    def headers_for(self, error: MopefuseError) -> dict[str, str]:
-        """Headers of the response to an error."""
-        if error.code == RequestCode.QUEUE_FULL.text:
-            return {"Retry-After": str(self.predictor.retry_after())}
-        if error.code == RequestCode.SHUTTING_DOWN.text:
-            return {"Retry-After": "5", "Connection": "close"}
-        return {"Connection": "close"} if error.code in _UNREAD else {}
-
-
-_UNREAD = (RequestCode.BODY_TOO_LARGE.text, RequestCode.BODY_INCOMPLETE.text)
-"""Errors after which the rest of a body is not read."""
-
-
-def _unserved(row: Row) -> Served:
-    assert row.error is not None
-    return Served(row.error, 0.0, 0)
-
-
-def _prediction(row: Row, served: Served) -> dict[str, Any]:
-    named = {} if row.id is None else {"id": row.id}
-    if isinstance(served.answer, MopefuseError):
-        return {**named, "error": error_body(served.answer)}
-    assert row.request is not None
-    return {"model": row.request.model, **named, **served.answer}
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Do the work, unless the client disconnects.
-
-    Raises:
-        ClientDisconnect: it did; the work was cancelled.
-    """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(request.receive())  # the body was read, so this is the end of the connection
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        gone.cancel()
-        task.cancel()
+_PATHS = ("/predict", "/models", "/health", "/ready", "/metrics", "/docs", "/openapi.json", "/")
+_TRY_PAGE = "mopefuse.serving.try_page"
+_CLIENT_HEADERS = ["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"]
 
 
 def create_app(
@@ -141,26 +38,45 @@ def create_app(
     settings: ServerSettings,
     log: Callable[[Record], None] | None = None,
 ) -> FastAPI:
-    """The application.
+    """The application; ``app.state.service`` is its `mopefuse.serving.service.Service`.
 
     Args:
         predictor: computes the answers, such as a `mopefuse.serving.batching.Batcher`.
-        log: takes the record of each request; by default a line on stderr.
+        log: takes the record of each request; by default it prints a line on stderr.
+
+    Raises:
+        RequestError: one of the hosts in `settings` is not one.
     """
     service = Service(catalogue, predictor, settings)
-    app = FastAPI(title="mopefuse", version=__version__, docs_url=None, redoc_url=None)
+    write = log or _log_to_stderr(settings.log_format)
+
+    def finish(record: Record) -> None:
+        path = "/models" if record.path.startswith("/models/") else record.path
+        service.metrics.count_request(path if path in _PATHS else "other", record.status, record.seconds)
+        write(record)
+
+    app = FastAPI(title="mopefuse", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
     app.state.service = service
-    _add_routes(app, service)
+    _add_predictions(app, service)
+    _add_monitoring(app, service)
+    _add_pages(app, service)
     app.add_exception_handler(MopefuseError, _on_error(service))
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_middleware(EveryRequest, key=settings.api_key, log=log or _log_to_stderr(settings.log_format))
+    app.add_middleware(EveryRequest, key=settings.api_key, log=finish)
+    if settings.cors:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors,
+            allow_methods=["GET", "POST"],
+            allow_headers=_CLIENT_HEADERS,
+            expose_headers=["X-Request-ID", "Retry-After"],
+        )
     return app
 
 
-def _add_routes(app: FastAPI, service: Service) -> None:
+def _add_predictions(app: FastAPI, service: Service) -> None:
     @app.post("/predict")
     async def predict(request: Request) -> Response:
-        """Predict one row, or several."""
         try:
             return await service.predict(request)
         except ClientDisconnect:
@@ -168,38 +84,64 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/models")
     async def models() -> Response:
-        """The models that are served."""
         return json_response({"models": [_facts(entry) for entry in service.catalogue.entries().values()]})
 
     @app.get("/models/{name:path}")
     async def model(name: str) -> Response:
-        """One model: its task, labels and modalities."""
         return json_response(service.catalogue.find(name).facts)
 
+
+def _add_monitoring(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
-        """Whether the process lives."""
         return json_response({"status": "alive", "version": __version__})
 
     @app.get("/ready")
     async def ready() -> Response:
-        """Whether requests are taken."""
         is_ready = service.predictor.is_ready() and not service.draining
         status = "ready" if is_ready else "draining" if service.draining else "loading"
         return json_response({"status": status}, 200 if is_ready else 503)
 
-    @app.get("/", include_in_schema=False)
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE)
+
+
+def _add_pages(app: FastAPI, service: Service) -> None:
+    has_key = bool(service.settings.api_key)
+
+    @app.get("/openapi.json")
+    async def description() -> Response:
+        return json_response(openapi.describe(service.catalogue, has_key=has_key))
+
+    @app.get("/docs")
+    async def docs() -> Response:
+        return docs_page.docs_page()
+
+    for name in docs_page.FILES:
+        app.add_route(f"/docs/{name}", _docs_file(name))
+
+    @app.get("/")
     async def home() -> Response:
-        return RedirectResponse("/docs")
+        if has_key or find_spec(_TRY_PAGE) is None:  # the page names the models
+            return RedirectResponse("docs")
+        page: str = import_module(_TRY_PAGE).page(service.catalogue)
+        return HTMLResponse(page)
 
 
-def _facts(entry: Any) -> dict[str, Any]:
+def _docs_file(name: str) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    async def respond(_: Request) -> Response:
+        return docs_page.docs_file(name)
+
+    return respond
+
+
+def _facts(entry: Entry) -> dict[str, Any]:
     """The facts of a model; of one that cannot be read, its name."""
     try:
-        facts: dict[str, Any] = entry.facts
+        return entry.facts
     except MopefuseError as error:
         return {"name": entry.name, "error": error_body(error)}
-    return facts
 
 
 def _on_error(service: Service) -> Callable[[Request, Exception], Coroutine[Any, Any, Response]]:
@@ -218,9 +160,9 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     """The response of an unknown path, or a method that a path does not have."""
     assert isinstance(error, HTTPException)
     record = record_of(request.scope)
-    known: Sequence[str] = ("POST /predict", "GET /models", "GET /health", "GET /ready", "GET /metrics", "GET /docs")
     what = f"{request.method} {request.url.path}: {error.detail}"
-    unknown = RequestError(RequestCode.NO_SUCH_ROUTE, what, where="path", fix=f"use one of {', '.join(known)}")
+    fix = f"use POST /predict, or GET {', '.join(_PATHS[1:6])}"
+    unknown = RequestError(RequestCode.NO_SUCH_ROUTE, what, where="path", fix=fix)
     record.error = unknown.code
     body = {"error": error_body(unknown), "request_id": record.id}
     return json_response(body, error.status_code, dict(error.headers or {}))

@@ -102,6 +102,8 @@ class Batcher:
 
     Args:
         queue, max_batch, max_wait, timeout: see `mopefuse.serving.server_settings.ServerSettings`; in seconds.
+
+    Attributes:
         may_get_more: whether an open connection could send another request now; see the top of this module.
     """
 
@@ -113,9 +115,9 @@ class Batcher:
         max_wait: float,
         queue: int,
         timeout: float,
-        may_get_more: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._workers, self._may_get_more = workers, may_get_more
+        self._workers = workers
+        self.may_get_more: Callable[[], bool] = lambda: True
         self._max_batch, self._max_wait, self._limit, self._timeout = max_batch, max_wait, queue, timeout
         self._queue: deque[Pending] = deque()
         self._timer: asyncio.TimerHandle | None = None
@@ -187,7 +189,7 @@ class Batcher:
             if not self._workers.can_start(full=full):
                 return
             wait = self._queue[0].accepted + self._max_wait - time.monotonic()
-            if not full and wait > 0 and self._may_get_more():
+            if not full and wait > 0 and self.may_get_more():
                 self._timer = asyncio.get_running_loop().call_later(wait, self._pump)
                 return
             self._start()

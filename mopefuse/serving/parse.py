@@ -232,7 +232,7 @@ def _flag(value: Any) -> bool:
 
 
 def _known_names() -> list[str]:
-    return [*_OPTIONS, *modality.modality_names(), f"image{_URL}"]
+    return [*_OPTIONS, *modality.modality_names(), "image_url"]
 
 
 def _kind(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import signal
 import socket
 import sys
@@ -18,11 +17,16 @@ from mopefuse.errors import MopefuseError, RequestError
 from mopefuse.serving.app import create_app
 from mopefuse.serving.batching import Batcher
 from mopefuse.serving.catalogue import Catalogue
+from mopefuse.serving.connections import make_protocol
 from mopefuse.serving.engine import EngineSettings
 from mopefuse.serving.server_settings import ServerSettings
+from mopefuse.serving.service import Service
 from mopefuse.serving.worker_pool import COMMAND, WorkerPool
 
 _GRACE = 0.3  # seconds in which requests that are on their way are still refused politely
+_KEEP_ALIVE = 75  # seconds, more than those of common proxies
+_BACKLOG = 2048
+_MOST_FILES = 65536
 
 
 def serve(engine: EngineSettings, settings: ServerSettings, command: Sequence[str] = COMMAND) -> None:
@@ -36,9 +40,8 @@ def serve(engine: EngineSettings, settings: ServerSettings, command: Sequence[st
         MopefuseError: no worker can load the models.
     """
     catalogue = engine.catalogue()
-    listener = listen(settings.host, settings.port)
-    with listener:
-        failure = asyncio.run(_serve(catalogue, engine, settings, listener, command))
+    with listen(settings.host, settings.port) as listener:
+        failure = asyncio.run(_Server(catalogue, engine, settings, command).run(listener))
     if failure is not None:
         raise failure
 
@@ -50,75 +53,134 @@ def listen(host: str, port: int) -> socket.socket:
         RequestError: the address cannot be used.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(2048)
-    except (OSError, OverflowError) as error:
-        in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-        why = "is in use" if in_use else f"cannot be used: {getattr(error, 'strerror', None) or error}"
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        in_use = error.errno == errno.EADDRINUSE
+        why = "is in use" if in_use else f"cannot be used: {error.strerror or error}"
         fix = "stop the other program, or use --port 0 to find a free one" if in_use else "use another --host or --port"
         raise RequestError(RequestCode.PORT_IN_USE, f"{host}:{port} {why}", where="--port", fix=fix) from None
     return listener
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves signals to `_serve`."""
+    """Leaves signals to `_Server`."""
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Do nothing; see above."""
 
 
-async def _serve(
-    catalogue: Catalogue, engine: EngineSettings, settings: ServerSettings, listener: socket.socket, command: Sequence[str]
-) -> MopefuseError | None:
-    """Serve until a signal; return why the workers cannot work, if they cannot."""
-    pool = WorkerPool(engine.as_dict(), settings.workers, command)
-    batcher = Batcher(
-        pool,
-        max_batch=settings.max_batch,
-        max_wait=settings.max_wait_ms / 1000,
-        queue=settings.queue,
-        timeout=settings.timeout,
-    )
-    app = create_app(catalogue, batcher, settings)
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="off", ws="none", server_header=False, timeout_keep_alive=75
-    )
-    server = _Uvicorn(config)
-    stop = asyncio.Event()
-    _announce(listener, catalogue, settings)
-    pool.begin()
-    serving = asyncio.create_task(server.serve([listener]))
-    await asyncio.sleep(0)  # uvicorn sets its own handlers first
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    stopped = asyncio.ensure_future(stop.wait())
-    ends: list[asyncio.Future[Any]] = [stopped, serving, pool.failure]
-    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    if not pool.failure.done():
-        await _drain(app.state.service, batcher, settings.drain_timeout)
-    server.should_exit = True
-    await serving
-    await pool.close()
-    return pool.failure.result() if pool.failure.done() else None
+class _Server:
+    """The application, the workers behind it and uvicorn in front of it."""
+
+    def __init__(
+        self, catalogue: Catalogue, engine: EngineSettings, settings: ServerSettings, command: Sequence[str]
+    ) -> None:
+        self._catalogue, self._engine, self._settings, self._command = catalogue, engine, settings, command
+
+    async def run(self, listener: socket.socket) -> MopefuseError | None:
+        """Serve until a signal; return why the workers cannot work, if they cannot."""
+        settings = self._settings
+        _allow_many_files()
+        pool = WorkerPool(self._engine.as_dict(), settings.workers, self._command)
+        batcher = Batcher(
+            pool,
+            max_batch=settings.max_batch,
+            max_wait=settings.max_wait_ms / 1000,
+            queue=settings.queue,
+            timeout=settings.timeout,
+        )
+        app = create_app(self._catalogue, batcher, settings)
+        service: Service = app.state.service
+        server = _Uvicorn(_uvicorn_config(app, settings))
+        pool.on_batch = service.metrics.count_batch
+        batcher.may_get_more = lambda: len(server.server_state.connections) > service.waiting
+        _announce(listener, self._catalogue, settings)
+        pool.begin()
+        serving = asyncio.create_task(server.serve([listener]))
+        await asyncio.sleep(0)  # uvicorn sets its own handlers of signals first
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        stopped = asyncio.ensure_future(stop.wait())
+        ends: list[asyncio.Future[Any]] = [stopped, serving, pool.failure]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if not pool.failure.done():
+            await self._drain(service, batcher, pool)
+        server.should_exit = True
+        await serving
+        await pool.close()
+        return pool.failure.result() if pool.failure.done() else None
+
+    async def _drain(self, service: Service, batcher: Batcher, pool: WorkerPool) -> None:
+        """Refuse new requests, and wait for those that were accepted."""
+        service.draining = True
+        _print("shutting down: answering the requests that were accepted")
+        finish = asyncio.ensure_future(batcher.finish())
+        ends: list[asyncio.Future[Any]] = [finish, pool.failure]
+        await asyncio.wait(ends, timeout=self._settings.drain_timeout, return_when=asyncio.FIRST_COMPLETED)
+        if not finish.done():
+            _print(f"not all requests were answered within {self._settings.drain_timeout:g} seconds")
+            finish.cancel()
+        await asyncio.sleep(_GRACE)
 
 
-async def _drain(service: Any, batcher: Batcher, timeout: float) -> None:
-    """Refuse new requests, and wait for those that were accepted."""
-    service.draining = True
-    print("shutting down: answering the requests that were accepted", file=sys.stderr, flush=True)
+def _uvicorn_config(app: Any, settings: ServerSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=make_protocol(settings.read_timeout, settings.max_connections),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=max(1, round(settings.read_timeout)),
+        backlog=_BACKLOG,
+    )
+
+
+def _allow_many_files() -> None:
+    """Raise the number of files that this process may open, of which each connection is one."""
     try:
-        await asyncio.wait_for(batcher.finish(), timeout)
-    except asyncio.TimeoutError:
-        print(f"not all requests were answered within {timeout:g} seconds", file=sys.stderr, flush=True)
-    await asyncio.sleep(_GRACE)
+        import resource
+    except ImportError:  # not on Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _announce(listener: socket.socket, catalogue: Catalogue, settings: ServerSettings) -> None:
+    """Print where the server listens, what it serves, and how to try it."""
     host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     names = sorted(catalogue.entries())
     some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    print(f"serving {some or 'no model yet'} on {url} (process {os.getpid()})", file=sys.stderr, flush=True)
+    _print(f"serving {some or 'no model yet'} on {url}; documentation: {url}/docs")
+    key = ' -H "Authorization: Bearer $MOPEFUSE_API_KEY"' if settings.api_key else ""
+    name = f" -F model={names[0]}" if len(names) > 1 else ""
+    _print(f"try: curl {url}/predict{key}{name} {_fields(catalogue, names)}")
+
+
+def _fields(catalogue: Catalogue, names: Sequence[str]) -> str:
+    """The fields of a form for curl, of what the first model reads."""
+    from mopefuse.modalities.base import get_modality
+
+    try:
+        modalities = catalogue.find(names[0]).facts["modalities"] if names else []
+    except MopefuseError:
+        modalities = []
+    return " ".join(f"-F {name}=@FILE" if get_modality(name).is_file else f'-F {name}="..."' for name in modalities)
+
+
+def _print(line: str) -> None:
+    from mopefuse.core.formatting import visible
+
+    print(visible(line), file=sys.stderr, flush=True)
