@@ -23,8 +23,8 @@ def classify(
     absent: Mapping[str, tuple[Tensor, Tensor]],
     tokens_BLA: Tensor,
     mask_BL: Tensor | None,
-) -> list[Tensor]:
-    """The logits (N,) of each row; runs may differ in N.
+) -> list[tuple[list[int], Tensor]]:
+    """The logits of the rows whose heads have one shape: the numbers of these rows, and (B, N) for the largest N of them.
 
     Args:
         heads: of each row. pooled_BC: pooled feature of each side.
@@ -34,20 +34,18 @@ def classify(
     by_shape: dict[HeadShape, list[int]] = {}
     for row, head in enumerate(heads):
         by_shape.setdefault(head.shape, []).append(row)
-    found: list[Tensor] = [tokens_BLA.new_empty(0)] * len(heads)
+    found = []
     for numbers in by_shape.values():
         whole = len(numbers) == len(heads)
-        rows = torch.tensor(numbers, device=tokens_BLA.device)
 
-        def take(x_BX: Tensor, rows: Tensor | None = None if whole else rows) -> Tensor:
+        def take(x_BX: Tensor, rows: list[int] | None = None if whole else numbers) -> Tensor:
             return x_BX if rows is None else x_BX[rows]
 
         pooled = {side: take(feature_BC) for side, feature_BC in pooled_BC.items()}
         lacking = {side: (take(missing_B), take(value_BC)) for side, (missing_B, value_BC) in absent.items()}
         own = [heads[row] for row in numbers]
         mask = None if mask_BL is None else take(mask_BL)
-        for row, logits_N in zip(numbers, _logits(own, pooled, lacking, take(tokens_BLA), mask), strict=True):
-            found[row] = logits_N
+        found.append((numbers, _logits(own, pooled, lacking, take(tokens_BLA), mask)))
     return found
 
 
@@ -57,8 +55,8 @@ def _logits(
     absent: Mapping[str, tuple[Tensor, Tensor]],
     tokens_BLA: Tensor,
     mask_BL: Tensor | None,
-) -> list[Tensor]:
-    """Logits of rows whose heads have one shape."""
+) -> Tensor:
+    """Logits (B, N) of rows whose heads have one shape, filled up with 0 to the largest N."""
     runs = list({id(head): head for head in heads}.values())
     order = {id(head): at for at, head in enumerate(runs)}
     groups = Groups([order[id(head)] for head in heads], tokens_BLA.device)
@@ -77,17 +75,14 @@ def _logits(
     hidden, output = ([part for run in runs if (part := getattr(run, name)) is not None] for name in ("hidden", "output"))
     if hidden:
         logits_URN = logits_URN + _apply(output, F.gelu(_apply(hidden, x_URF)))
-    of_rows = groups.join(logits_URN)
-    return [logits_N[: head.linear.bias_O.shape[0]] for logits_N, head in zip(of_rows, heads, strict=True)]
+    return groups.join(logits_URN)
 
 
 def _normalised(runs: Sequence[HeadWeights], groups: Groups, side: str, pooled_BC: Tensor) -> Tensor:
     pooled_BC = to_float32(pooled_BC)
     norm = runs[0].shape.norm
     if norm == "standard":
-        mean_BC, deviation_BC = (
-            groups.repeat(stack_padded([run.standard[side][number] for run in runs])) for number in (0, 1)
-        )
+        mean_BC, deviation_BC = (groups.repeat(stack_padded([run.standard[side][number] for run in runs])) for number in (0, 1))
         return (pooled_BC - mean_BC) / deviation_BC
     return F.layer_norm(pooled_BC, pooled_BC.shape[-1:]) if norm == "layer" else pooled_BC
 
@@ -98,9 +93,7 @@ def _apply(linears: Sequence[Linear], x_URI: Tensor) -> Tensor:
     return product_URO + stack_padded([linear.bias_O for linear in linears])[:, None]
 
 
-def _read(
-    runs: Sequence[HeadWeights], psi_URC: Mapping[str, Tensor], tokens_URLA: Tensor, mask_URL: Tensor | None
-) -> Tensor:
+def _read(runs: Sequence[HeadWeights], psi_URC: Mapping[str, Tensor], tokens_URLA: Tensor, mask_URL: Tensor | None) -> Tensor:
     """What each run reads from the tokens, (U, R, Q W); see `mopefuse.fusion.token_reader.TokenReader`."""
     heads = runs[0].shape.reader[2]
     readers = [run.reader for run in runs]

@@ -25,28 +25,33 @@ class FamilyPrompts:
     """Prompts of the rows of runs of equal `PromptShape`.
 
     Args:
-        rows: which rows of the batch they are. runs: weights of each run. group_B: number of the run of each of `rows`.
+        numbers: which rows of the batch they are. runs: weights of each run. group_B: number of the run of each of `rows`.
         psi_BC: normalised conditions of these rows, by side.
 
     Attributes:
         tokens_BNTD: None without tokens. mask_BT: None if all runs have prompts of equal lengths.
         modulation_BNX: scale and shift side by side (X = 2 D); None without FiLM. gate_BNH: None without gates.
-        routing: weights of the experts of each row, (N, K) each; None for a row of a run without dynamic prompts.
+        routing_BNK: weights of the experts, 0 for those that the run of a row does not have; None without routing.
     """
 
     def __init__(
-        self, rows: Tensor, runs: Sequence[PromptWeights], group_B: Sequence[int], psi_BC: Mapping[str, Tensor]
+        self,
+        numbers: Sequence[int],
+        runs: Sequence[PromptWeights],
+        group_B: Sequence[int],
+        psi_BC: Mapping[str, Tensor],
+        device: torch.device,
     ) -> None:
-        self.rows, self.shape = rows, runs[0].shape
-        self._runs, self._groups = runs, Groups(group_B, rows.device)
+        self.numbers, self.rows, self.shape = numbers, torch.tensor(numbers, device=device), runs[0].shape
+        self._runs, self._groups = runs, Groups(group_B, device)
         self.layers = {layer: at for at, layer in enumerate(self.shape.layers)}
         conditions_URC = [self._groups.split(psi_BC[side]) for side in self.shape.conditions]
-        self.routing: list[Tensor | None] = [None] * len(group_B)
+        self.routing_BNK: Tensor | None = None
         gates = [run.gate_NH for run in runs if run.gate_NH is not None]
         self.gate_BNH = self._groups.repeat(stack_padded(gates)) if gates else None
         trunks_URh = [self._trunk([run.trunks[at] for run in runs], x) for at, x in enumerate(conditions_URC) if runs[0].trunks]
         self.modulation_BNX = self._modulation(trunks_URh)
-        self.tokens_BNTD, self.mask_BT = self._tokens(conditions_URC, trunks_URh, group_B)
+        self.tokens_BNTD, self.mask_BT = self._tokens(conditions_URC, trunks_URh)
 
     def _trunk(self, trunks: Sequence[Trunk], x_URC: Tensor) -> Tensor:
         """What the mappers and FiLM of all layers read, (U, R, h)."""
@@ -69,9 +74,7 @@ class FamilyPrompts:
             parts.append(product_URNX + stack_padded([film.bias_O for film in films])[:, None])
         return self._groups.join(sum(parts[1:], parts[0]))
 
-    def _tokens(
-        self, conditions_URC: Sequence[Tensor], trunks_URh: Sequence[Tensor], group_B: Sequence[int]
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _tokens(self, conditions_URC: Sequence[Tensor], trunks_URh: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """Static, dynamic and mapped tokens one after the other, and the mask of those that belong to the run of a row."""
         parts: list[Tensor] = []  # (U, R, N, T, D)
         lengths: list[list[int]] = []  # of each part, by run
@@ -82,7 +85,7 @@ class FamilyPrompts:
             lengths.append([part.shape[1] for part in static])
         if self._runs[0].experts_NKPD is not None:
             experts = [run.experts_NKPD for run in self._runs if run.experts_NKPD is not None]
-            weights_UNRK = self._route(conditions_URC, group_B)
+            weights_UNRK = self._route(conditions_URC)
             parts.append(multiply(weights_UNRK, experts, leading=1).transpose(1, 2))
             lengths.append([part.shape[2] for part in experts])
         for at, trunk_URh in enumerate(trunks_URh if self._runs[0].mappers else ()):
@@ -98,7 +101,7 @@ class FamilyPrompts:
         mask_UT = torch.cat([_lengths_mask(of_part, tokens_BNTD.device) for of_part in lengths], dim=1)
         return tokens_BNTD, self._groups.repeat(mask_UT)
 
-    def _route(self, conditions_URC: Sequence[Tensor], group_B: Sequence[int]) -> Tensor:
+    def _route(self, conditions_URC: Sequence[Tensor]) -> Tensor:
         """Weights of the experts of each layer, (U, N, R, K), with 0 for experts that a run does not have."""
         parts = []
         for at, condition_URC in enumerate(conditions_URC):
@@ -106,8 +109,7 @@ class FamilyPrompts:
         biases = stack_padded([run.router[0].bias_O for run in self._runs], value=-torch.inf)
         temperature_U111 = torch.tensor([run.temperature for run in self._runs], device=biases.device)[:, None, None, None]
         clean_URNK = ((sum(parts[1:], parts[0]) + biases[:, None]) / temperature_U111).softmax(dim=-1)
-        for row, weights_NK in enumerate(self._groups.join(clean_URNK)):
-            self.routing[row] = weights_NK[:, : self._runs[group_B[row]].router[0].bias_O.shape[1]]
+        self.routing_BNK = self._groups.join(clean_URNK)
         return keep_largest(clean_URNK, self.shape.top_m).transpose(1, 2)
 
 
@@ -135,7 +137,7 @@ class MixedPrompts:
         prompted = [family for family in families if family.tokens_BNTD is not None]
         if not prompted:
             return Prompt(tokens_BLD[:, :0], modulation=modulation)
-        if len(prompted) == 1 and len(prompted[0].rows) == self.rows:
+        if len(prompted) == 1 and len(prompted[0].numbers) == self.rows:
             family, at = prompted[0], prompted[0].layers[layer]
             assert family.tokens_BNTD is not None
             gate_BH = None if family.gate_BNH is None else family.gate_BNH[:, at]
@@ -197,8 +199,8 @@ def in_families(
             assert one is not None
             runs.setdefault(id(one), one)
         order = {key: at for at, key in enumerate(runs)}
-        rows = torch.tensor(numbers, device=device)
         whole = len(numbers) == len(weights)
-        psi = psi_BC if whole else {side: values_BC[rows] for side, values_BC in psi_BC.items()}
-        found.append(FamilyPrompts(rows, list(runs.values()), [order[id(weights[row])] for row in numbers], psi))
+        psi = psi_BC if whole else {side: values_BC[numbers] for side, values_BC in psi_BC.items()}
+        groups = [order[id(weights[row])] for row in numbers]
+        found.append(FamilyPrompts(numbers, list(runs.values()), groups, psi, device))
     return found

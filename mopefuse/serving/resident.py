@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakValueDictionary
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mopefuse.core.error_codes import DataCode
@@ -21,6 +22,7 @@ from mopefuse.tasks.base import Task
 if TYPE_CHECKING:  # bundles are served without torch
     from mopefuse.serving.content_cache import ContentCache
     from mopefuse.serving.shared_pair import SharedPair
+
 
 @dataclass(frozen=True)
 class Value:
@@ -47,7 +49,7 @@ class Outcome:
     """
 
     decoded: NDArray[Any]
-    routing: list[Any] | None
+    routing: NDArray[Any] | None
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Resident:
         """The prediction for a sample."""
         found = describe(self.model, outcome.decoded, _decoded(values), top)
         if routing and outcome.routing is not None:
-            found["routing"] = outcome.routing
+            found["routing"] = outcome.routing.tolist()
         return found
 
 
@@ -138,7 +140,8 @@ class Alone:
         decoded = [_decoded(values) for _, values in samples]
         values = {name: [sample[name] for sample in decoded] for name in self.model.modalities}
         decoded_BN, routing = self.model.predict_decoded(values)
-        return [Outcome(decoded, None if routing is None else routing[at]) for at, decoded in enumerate(decoded_BN)]
+        each = [None] * len(samples) if routing is None else [np.asarray(weights) for weights in routing]
+        return [Outcome(*outcome) for outcome in zip(decoded_BN, each, strict=True)]
 
 
 class Residents:

@@ -21,11 +21,12 @@ from mopefuse.core.precision import normalize_feature, to_float32
 from mopefuse.encoders.base import Encoder, Inputs, Prefix
 from mopefuse.encoders.frozen import encode_pooled
 from mopefuse.modalities import base as modality
-from mopefuse.serving.adapter_weights import AdapterWeights
+from mopefuse.serving.adapter_weights import AdapterWeights, PromptWeights
 from mopefuse.serving.content_cache import ContentCache
 from mopefuse.serving.mixed_head import classify
 from mopefuse.serving.mixed_prompts import FamilyPrompts, MixedPrompts, in_families
 from mopefuse.serving.resident import Outcome, Resident, Values
+from mopefuse.tasks.base import Array
 
 
 class SharedPair:
@@ -51,10 +52,14 @@ class SharedPair:
         for (joint, precision), numbers in kinds.items():
             rows = [samples[number] for number in numbers]
             with devices.autocast(precision, self.device):
-                found |= zip(numbers, self._forward(rows, joint=joint), strict=True)
+                logits, families = self._forward(rows, joint=joint)
+            found |= zip(numbers, _outcomes(rows, logits, _routing(families, rows)), strict=True)
         return [found[number] for number in range(len(samples))]
 
-    def _forward(self, samples: Sequence[tuple[Resident, Values]], *, joint: bool) -> list[Outcome]:
+    def _forward(
+        self, samples: Sequence[tuple[Resident, Values]], *, joint: bool
+    ) -> tuple[list[tuple[list[int], Tensor]], list[FamilyPrompts]]:
+        """Logits, see `classify`, and prompts of a batch."""
         weights: list[AdapterWeights] = [resident.weights for resident, _ in samples]
         values = [sample for _, sample in samples]
         needed = [side for side in self.encoders if side != "main" and self._reads(weights, side)]
@@ -64,7 +69,8 @@ class SharedPair:
         conditions_BC = {side: normalize_feature(psi) for side, psi in psi_BC.items()}
         for side, (missing_B, value_BC) in absent.items():
             conditions_BC[side] = torch.where(missing_B[:, None], value_BC, conditions_BC[side])
-        families = in_families([one.prompts for one in weights], conditions_BC, self.device)
+        with torch.autocast(self.device.type, enabled=False):  # a rounding error would change the routing
+            families = in_families([one.prompts for one in weights], conditions_BC, self.device)
         prompts = MixedPrompts(families, len(samples), joint=joint)
         main = self.encoders["main"]
         start, inputs = self._start(values, prompts.first_layer)
@@ -73,7 +79,7 @@ class SharedPair:
         with torch.autocast(self.device.type, enabled=False):
             heads = [one.head for one in weights]
             logits = classify(heads, pooled, absent, encoded.tokens_BLD, encoded.mask_BL)
-        return _outcomes(samples, logits, _routing(families, weights))
+        return logits, families
 
     def _reads(self, weights: Sequence[AdapterWeights], side: str) -> bool:
         """Whether the prompts or the head of some row depend on a complementary side."""
@@ -129,28 +135,31 @@ def _absent(weights: Sequence[AdapterWeights], side: str, psi_BC: Tensor) -> Ten
     return torch.stack([one.absent.get(side, zero_C) for one in weights])
 
 
-def _routing(families: Sequence[FamilyPrompts], weights: Sequence[AdapterWeights]) -> list[Any]:
+def _routing(families: Sequence[FamilyPrompts], samples: Sequence[tuple[Resident, Values]]) -> list[Array | None]:
     """Weights of the experts of each row (N, K); None without dynamic prompts."""
-    found: list[Any] = [None] * len(weights)
+    found: list[Array | None] = [None] * len(samples)
     for family in families:
-        for row, weights_NK in zip(family.rows.tolist(), family.routing, strict=True):
-            prompts = weights[row].prompts
-            assert prompts is not None
-            if weights_NK is not None:
-                found[row] = weights_NK.tolist()
+        each = None if family.routing_BNK is None else family.routing_BNK.float().cpu().numpy()
+        for at, row in enumerate(family.numbers):
+            prompts: PromptWeights = samples[row][0].weights.prompts
+            if each is not None:
+                found[row] = each[at, :, : prompts.router[0].bias_O.shape[1]]
             elif prompts.weighs_one:
-                found[row] = [[1.0]] * len(prompts.shape.layers)
+                found[row] = np.ones((len(prompts.shape.layers), 1), dtype=np.float32)
     return found
 
 
-def _outcomes(samples: Sequence[tuple[Resident, Values]], logits: Sequence[Tensor], routing: Sequence[Any]) -> list[Outcome]:
-    """Decode logits (N,), the rows of each run at once."""
-    rows: dict[int, list[int]] = {}
+def _outcomes(
+    samples: Sequence[tuple[Resident, Values]], logits: Sequence[tuple[list[int], Tensor]], routing: Sequence[Array | None]
+) -> list[Outcome]:
+    """Decode logits, the rows of each run at once."""
+    logits_N = {row: own_N for rows, of_rows in logits for row, own_N in zip(rows, of_rows.float().cpu().numpy(), strict=True)}
+    rows_of: dict[Resident, list[int]] = {}
     for row, (resident, _) in enumerate(samples):
-        rows.setdefault(id(resident), []).append(row)
+        rows_of.setdefault(resident, []).append(row)
     found: dict[int, Outcome] = {}
-    for numbers in rows.values():
-        task = samples[numbers[0]][0].model.task
-        decoded_BN = task.decode(np.stack([logits[row].float().cpu().numpy() for row in numbers]))
-        found |= {row: Outcome(decoded, routing[row]) for row, decoded in zip(numbers, decoded_BN, strict=True)}
+    for resident, rows in rows_of.items():
+        count = resident.weights.head.linear.bias_O.shape[0]
+        decoded_BN = resident.model.task.decode(np.stack([logits_N[row][:count] for row in rows]))
+        found |= {row: Outcome(decoded, routing[row]) for row, decoded in zip(rows, decoded_BN, strict=True)}
     return [found[row] for row in range(len(samples))]
