@@ -16,16 +16,16 @@ from mopefuse.modalities import base as modality
 from mopefuse.serving.catalogue import Catalogue
 
 _TEXT = "a red car in front of a house"
-_ERRORS = {
-    "400": "The body cannot be understood.",
-    "401": "The key is missing or wrong.",
-    "404": "There is no such model.",
-    "413": "The body, the image, or the number of rows is too large.",
-    "422": "A value cannot be read, or one is missing that the model needs.",
-    "429": "Too many requests are waiting; send it again after `Retry-After` seconds.",
-    "503": "The server is shutting down, or the request could not be computed.",
-    "504": "There was no answer in time.",
-}
+_ERRORS = """An error, as `error` and in the log under `request_id`. Its status:
+
+- 400: the body cannot be understood; 408: it does not arrive
+- 401: the key is missing or wrong
+- 403, 422: a value cannot be read, or one is missing that the model needs
+- 404: there is no such model
+- 413: the body, the image, or the number of rows is too large
+- 429: too many requests are waiting; send it again after `Retry-After` seconds
+- 503, 504: the server is shutting down, or could not compute the request, or not in time
+"""
 
 
 def describe(catalogue: Catalogue, *, has_key: bool) -> dict[str, Any]:
@@ -86,6 +86,7 @@ def _predict(row: Mapping[str, Any], modalities: list[str]) -> dict[str, Any]:
         binary = {"type": "string", "contentMediaType": "application/octet-stream", "format": "binary"}
         form[name] = binary if modality.get_modality(name).is_file else {"type": "string"}
     return {
+        "tags": ["predictions"],
         "summary": "Predict one row, or several",
         "description": "One row is an object by itself; several are a list in `rows`, whose mistakes do not affect each other.",
         "requestBody": {
@@ -106,7 +107,10 @@ def _predict(row: Mapping[str, Any], modalities: list[str]) -> dict[str, Any]:
                 "description": "The prediction, or a list of them in `predictions`.",
                 "content": {"application/json": {"schema": {"type": "object"}}},
             },
-            **{status: _error_response(text) for status, text in _ERRORS.items()},
+            "default": {
+                "description": _ERRORS,
+                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+            },
         },
     }
 
@@ -128,11 +132,7 @@ def _row_schema(modalities: list[str]) -> dict[str, Any]:
 
 
 def _get(summary: str, description: str) -> dict[str, Any]:
-    return {"summary": summary, "responses": {"200": {"description": description}}}
-
-
-def _error_response(description: str) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+    return {"tags": ["server"], "summary": summary, "responses": {"200": {"description": description}}}
 
 
 _NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
