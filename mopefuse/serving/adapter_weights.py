@@ -73,6 +73,7 @@ class PromptWeights:
         static_NSD: also holds a single expert, which needs no routing.
         router: by condition (C, N, K); the first has the bias. experts_NKPD: None without routing.
         mappers, films: by condition, with outputs (N, M, D) and (N, 2 D).
+        temperature: of the router, without axes.
         weighs_one: whether there is a single expert, whose weight is reported as 1.
     """
 
@@ -80,7 +81,7 @@ class PromptWeights:
     static_NSD: Tensor | None
     router: tuple[Linear, ...]
     experts_NKPD: Tensor | None
-    temperature: float
+    temperature: Tensor | None
     trunks: tuple[Trunk, ...]
     mappers: tuple[Linear, ...]
     films: tuple[Linear, ...]
@@ -185,7 +186,7 @@ def _prompt_weights(stack: PromptStack, model: ConditionalFusion) -> PromptWeigh
         static_NSD=torch.cat(static, dim=1) if static else None,
         router=_router(stack.router) if is_routed and stack.router is not None else (),
         experts_NKPD=dynamic if is_routed else None,
-        temperature=model.config.router.temperature,
+        temperature=None if dynamic is None else torch.full((), model.config.router.temperature, device=dynamic.device),
         trunks=tuple(map(_trunk, trunks)),
         mappers=tuple(_of_layers(list(one), (-1, width)) for one in zip(*mappers, strict=True)) if has_mapper else (),
         films=tuple(_of_layers(list(one), (-1,)) for one in zip(*films, strict=True)),

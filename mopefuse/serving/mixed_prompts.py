@@ -107,7 +107,8 @@ class FamilyPrompts:
         for at, condition_URC in enumerate(conditions_URC):
             parts.append(multiply(condition_URC, [run.router[at].weight_IO for run in self._runs]))
         biases = stack_padded([run.router[0].bias_O for run in self._runs], value=-torch.inf)
-        temperature_U111 = torch.tensor([run.temperature for run in self._runs], device=biases.device)[:, None, None, None]
+        temperatures = [run.temperature for run in self._runs if run.temperature is not None]
+        temperature_U111 = stack_padded(temperatures)[:, None, None, None]
         clean_URNK = ((sum(parts[1:], parts[0]) + biases[:, None]) / temperature_U111).softmax(dim=-1)
         self.routing_BNK = self._groups.join(clean_URNK)
         return keep_largest(clean_URNK, self.shape.top_m).transpose(1, 2)
