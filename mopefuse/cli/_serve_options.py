@@ -17,7 +17,7 @@ Adapters = Annotated[
 Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")]
 Workers = Annotated[int, typer.Option(min=1, max=256, help="Processes that predict, each with all models.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of each worker.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of each worker; by default all CPUs, shared.")]
 Resident = Annotated[int, typer.Option(min=1, help="Models whose weights each worker keeps in memory.")]
 CacheMb = Annotated[int, typer.Option(min=0, help="Cache of encoder features of each worker, in MB; 0 for none.")]
 MaxBatch = Annotated[int, typer.Option(min=1, max=65536, help="Rows predicted together, at most.")]

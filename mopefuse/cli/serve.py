@@ -46,12 +46,15 @@ def serve(
       mopefuse serve --adapters adapters --port 8080 --workers 2
     """
     _check(log_format)
+    from mopefuse.modalities.files import processor_count
     from mopefuse.modalities.image import MAX_PIXELS
     from mopefuse.serving.engine import EngineSettings
     from mopefuse.serving.server import serve as run_server
     from mopefuse.serving.server_settings import ServerSettings
 
     folder, key = None if adapters is None else str(adapters), os.environ.get("MOPEFUSE_API_KEY", "")
+    if threads is None and workers > 1:
+        threads = max(1, processor_count() // workers)
     engine = EngineSettings(tuple(models or ()), folder, device, threads, resident, cache_mb, max_pixels or MAX_PIXELS)
     limits = {"queue": queue, "queue_mb": queue_mb, "max_body_mb": max_body_mb, "max_rows": max_rows}
     times = {"max_wait_ms": max_wait_ms, "timeout": timeout, "read_timeout": read_timeout, "drain_timeout": drain_timeout}

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from mopefuse.core.error_codes import RequestCode
@@ -121,7 +122,7 @@ class Batcher:
         self._max_batch, self._max_wait, self._limit, self._timeout = max_batch, max_wait, queue, timeout
         self._queue: deque[Pending] = deque()
         self._timer: asyncio.TimerHandle | None = None
-        self._unfinished = 0
+        self._queued, self._unfinished = 0, 0  # without those that were dropped
         self._rate = _Rate()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -129,14 +130,15 @@ class Batcher:
 
     async def predict(self, requests: Sequence[Request]) -> list[Served]:
         """See `Predictor.predict`. Cancelling it drops requests that are not computed yet."""
-        if self._unfinished and len(self._queue) + len(requests) > self._limit:
+        if self._queued and self._queued + len(requests) > self._limit:
             raise self._full()
         loop = asyncio.get_running_loop()
         pending = [Pending(request, loop.create_future()) for request in requests]
         self._unfinished += len(pending)
+        self._queued += len(pending)
         self._idle.clear()
         for one in pending:
-            one.future.add_done_callback(self._finished)
+            one.future.add_done_callback(partial(self._finished, one))
         self._queue.extend(pending)
         self._pump()
         waiting = [one.future for one in pending]
@@ -148,7 +150,7 @@ class Batcher:
             raise
         for one in pending:
             if one.future in late:
-                one.answer(self._late(one))
+                one.answer(self._late())
         return [one.served() for one in pending]
 
     def is_ready(self) -> bool:
@@ -157,20 +159,24 @@ class Batcher:
 
     def stats(self) -> dict[str, float]:
         """See `Predictor.stats`."""
-        return {**self._workers.stats(), "queue_length": len(self._queue), "requests_unfinished": self._unfinished}
+        return {**self._workers.stats(), "queue_length": self._queued, "requests_unfinished": self._unfinished}
 
     def retry_after(self) -> int:
         """Seconds until a request that is refused now would probably be accepted, from the measured rate of answers."""
         rate = self._rate.per_second()
-        seconds = len(self._queue) / rate if rate else 1.0
+        seconds = self._queued / rate if rate else 1.0
         return max(1, min(_LONGEST_RETRY, math.ceil(seconds)))
 
     async def finish(self) -> None:
         """Wait until every accepted request was answered."""
         await self._idle.wait()
 
-    def _finished(self, future: asyncio.Future[Answer]) -> None:
+    def _finished(self, one: Pending, future: asyncio.Future[Answer]) -> None:
         self._unfinished -= 1
+        if not one.batch:  # dropped, or given up; what it holds is freed soon
+            self._queued -= 1
+            if len(self._queue) > 2 * self._queued:
+                self._queue = deque(one for one in self._queue if not one.future.done())
         if not future.cancelled():
             self._rate.count()
         if not self._unfinished:
@@ -185,7 +191,7 @@ class Batcher:
             if self._queue[0].future.done():  # dropped, or given up
                 self._queue.popleft()
                 continue
-            full = len(self._queue) >= self._max_batch
+            full = self._queued >= self._max_batch
             if not self._workers.can_start(full=full):
                 return
             wait = self._queue[0].accepted + self._max_wait - time.monotonic()
@@ -203,15 +209,16 @@ class Batcher:
         now = time.monotonic()
         for one in batch:
             one.started, one.batch = now, len(batch)
+        self._queued -= len(batch)
         if batch:
             self._workers.start(batch)
 
     def _full(self) -> RequestError:
-        what = f"{len(self._queue)} requests are waiting, and at most {self._limit} may"
-        error = RequestError(RequestCode.QUEUE_FULL, what, fix="send it again later, or start the server with more --workers")
-        return error
+        what = f"{self._queued} requests are waiting, and at most {self._limit} may"
+        fix = "send it again later, or start the server with more --workers"
+        return RequestError(RequestCode.QUEUE_FULL, what, fix=fix)
 
-    def _late(self, one: Pending) -> RequestError:
+    def _late(self) -> RequestError:
         what = f"no answer within {self._timeout:g} seconds"
         fix = "send it again later, or start the server with a longer --timeout"
         return RequestError(RequestCode.TIMED_OUT, what, fix=fix)

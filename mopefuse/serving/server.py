@@ -110,22 +110,26 @@ class _Server:
         ends: list[asyncio.Future[Any]] = [stopped, serving, pool.failure]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if not pool.failure.done():
-            await self._drain(service, batcher, pool)
+            stop.clear()
+            await self._drain(service, batcher, pool.failure, stop)
         server.should_exit = True
         await serving
         await pool.close()
         return pool.failure.result() if pool.failure.done() else None
 
-    async def _drain(self, service: Service, batcher: Batcher, pool: WorkerPool) -> None:
-        """Refuse new requests, and wait for those that were accepted."""
+    async def _drain(
+        self, service: Service, batcher: Batcher, failure: asyncio.Future[MopefuseError], again: asyncio.Event
+    ) -> None:
+        """Refuse new requests, and wait for those that were accepted, unless a second signal says not to."""
         service.draining = True
         _print("shutting down: answering the requests that were accepted")
-        finish = asyncio.ensure_future(batcher.finish())
-        ends: list[asyncio.Future[Any]] = [finish, pool.failure]
+        finish, hurry = asyncio.ensure_future(batcher.finish()), asyncio.ensure_future(again.wait())
+        ends: list[asyncio.Future[Any]] = [finish, hurry, failure]
         await asyncio.wait(ends, timeout=self._settings.drain_timeout, return_when=asyncio.FIRST_COMPLETED)
         if not finish.done():
-            _print(f"not all requests were answered within {self._settings.drain_timeout:g} seconds")
-            finish.cancel()
+            _print("shutting down, although not all requests were answered")
+        finish.cancel()
+        hurry.cancel()
         await asyncio.sleep(_GRACE)
 
 

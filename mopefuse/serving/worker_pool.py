@@ -46,14 +46,17 @@ class WorkerPool:
 
     Args:
         settings: sent to each worker, for its engine. command: starts a worker; the number of a descriptor is added.
+        stuck_after: seconds for one batch, after which its worker is killed.
 
     Attributes:
         on_change: called when a worker can take another batch. on_batch: called with the size of a batch and the seconds that
             it took. failure: set if no worker can be started any more, with the reason.
     """
 
-    def __init__(self, settings: Mapping[str, Any], count: int, command: Sequence[str] = COMMAND) -> None:
-        self._settings, self._command = settings, command
+    def __init__(
+        self, settings: Mapping[str, Any], count: int, command: Sequence[str] = COMMAND, *, stuck_after: float = 300.0
+    ) -> None:
+        self.settings, self.command, self.stuck_after = settings, command, stuck_after
         self._workers = [_Worker(self) for _ in range(count)]
         self._retries: deque[_Batch] = deque()
         self._tasks: list[asyncio.Task[None]] = []
@@ -146,6 +149,7 @@ class _Worker:
         self.batches: dict[int, _Batch] = {}
         self.stats: dict[str, float] = {}
         self._writer: asyncio.StreamWriter | None = None
+        self._watch: asyncio.TimerHandle | None = None
         self._number = 0
 
     async def run(self) -> None:
@@ -167,14 +171,15 @@ class _Worker:
         """The life of one process. Returns what prevented it from loading, if it said so."""
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [*self._pool._command, str(theirs.fileno())]
+            command = [*self._pool.command, str(theirs.fileno())]
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()])
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
         try:
-            for piece in frames.pack({"settings": self._pool._settings}):
+            for piece in frames.pack({"settings": self._pool.settings}):
                 self._writer.write(piece)
             return await self._listen(reader)
         finally:
+            self._stop_watching()
             self._writer.transport.abort()
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
@@ -200,14 +205,29 @@ class _Worker:
         assert self._writer is not None
         self._number += 1
         self.batches[self._number] = batch
+        if len(self.batches) == 1:
+            self._start_watching()
         for piece in frames.pack_requests(self._number, [one.request for one in batch.requests]):
             self._writer.write(piece)
 
     def _answer(self, header: Mapping[str, Any]) -> None:
         batch = self.batches.pop(header["number"])
+        self._stop_watching()
+        if self.batches:
+            self._start_watching()
         for one, answer in zip(batch.requests, header["answers"], strict=True):
             one.answer(frames.answer_from_json(answer))
         self._pool.on_batch(len(batch.requests), header["seconds"])
+
+    def _start_watching(self) -> None:
+        """End the process if the batch that it starts takes too long; then it is treated like one that died."""
+        assert self._writer is not None
+        self._watch = asyncio.get_running_loop().call_later(self._pool.stuck_after, self._writer.transport.abort)
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
 
 
 async def _read(reader: asyncio.StreamReader) -> dict[str, Any]:
