@@ -2,7 +2,7 @@
 
 To find the best model for a table: `fit`. For your own training loop: `build_fusion`, `PairDataset`, `save_adapter`. To do
 what the command line does: `RunConfig` or `build_config`, `train`, `evaluate`. To use a trained model: `load` to predict,
-`load_model` for an `nn.Module`.
+`load_model` for an `nn.Module`, `Client` to predict with `mopefuse serve`.
 Importing this package imports neither torch nor pydantic; each name imports what it needs when it is first used.
 """
 
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from mopefuse.fusion.build import build_fusion
     from mopefuse.inference.load_model import load_model
     from mopefuse.inference.predict import load
+    from mopefuse.serving.client import Client
 
 __version__ = "0.1.0"
 __all__ = [
+    "Client",
     "PairDataset",
     "RunConfig",
     "__version__",
@@ -39,6 +41,7 @@ __all__ = [
     "train",
 ]
 _MODULES = {
+    "Client": "mopefuse.serving.client",
     "PairDataset": "mopefuse.data.pair_dataset",
     "RunConfig": "mopefuse.config.schema",
     "build_config": "mopefuse.config.schema",
