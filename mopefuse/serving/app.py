@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Coroutine
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import Response
 
 from mopefuse import __version__
 from mopefuse.core.error_codes import RequestCode
 from mopefuse.errors import MopefuseError, RequestError
-from mopefuse.serving import docs_page, openapi
+from mopefuse.serving import docs_page, openapi, try_page
 from mopefuse.serving.batching import Predictor
 from mopefuse.serving.catalogue import Catalogue, Entry
 from mopefuse.serving.metrics import CONTENT_TYPE
@@ -28,7 +26,6 @@ from mopefuse.serving.service import Service
 
 _GONE = 499  # the status in the log for a client that did not wait; it never gets a response
 _PATHS = ("/predict", "/models", "/health", "/ready", "/metrics", "/docs", "/openapi.json", "/")
-_TRY_PAGE = "mopefuse.serving.try_page"
 _CLIENT_HEADERS = ["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"]
 
 
@@ -123,10 +120,7 @@ def _add_pages(app: FastAPI, service: Service) -> None:
 
     @app.get("/")
     async def home() -> Response:
-        if has_key or find_spec(_TRY_PAGE) is None:  # the page names the models
-            return RedirectResponse("docs")
-        page: str = import_module(_TRY_PAGE).page(service.catalogue)
-        return HTMLResponse(page)
+        return try_page.try_page()
 
 
 def _docs_file(name: str) -> Callable[[Request], Coroutine[Any, Any, Response]]:
