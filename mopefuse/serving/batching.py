@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from mopefuse.core.error_codes import RequestCode
 from mopefuse.errors import RequestError
@@ -105,7 +105,7 @@ class Batcher:
         queue, max_batch, max_wait, timeout: see `mopefuse.serving.server_settings.ServerSettings`; in seconds.
 
     Attributes:
-        may_get_more: whether an open connection could send another request now; see the top of this module.
+        count_connections: counts the connections of clients; None if that is unknown, and there may be any number.
     """
 
     def __init__(
@@ -118,7 +118,8 @@ class Batcher:
         timeout: float,
     ) -> None:
         self._workers = workers
-        self.may_get_more: Callable[[], bool] = lambda: True
+        self.count_connections: Callable[[], int] | None = None
+        self._calls = 0  # of `predict`, each of which occupies a connection
         self._max_batch, self._max_wait, self._limit, self._timeout = max_batch, max_wait, queue, timeout
         self._queue: deque[Pending] = deque()
         self._timer: asyncio.TimerHandle | None = None
@@ -140,18 +141,24 @@ class Batcher:
         for one in pending:
             one.future.add_done_callback(partial(self._finished, one))
         self._queue.extend(pending)
-        self._pump()
-        waiting = [one.future for one in pending]
-        try:
-            _, late = await asyncio.wait(waiting, timeout=self._timeout)
-        except asyncio.CancelledError:
-            for future in waiting:
-                future.cancel()
-            raise
+        _, late = await self._wait([one.future for one in pending])
         for one in pending:
             if one.future in late:
                 one.answer(self._late())
         return [one.served() for one in pending]
+
+    async def _wait(self, futures: list[asyncio.Future[Answer]]) -> tuple[set[Any], set[Any]]:
+        """See `asyncio.wait`."""
+        self._calls += 1
+        self._pump()
+        try:
+            return await asyncio.wait(futures, timeout=self._timeout)
+        except asyncio.CancelledError:
+            for future in futures:
+                future.cancel()
+            raise
+        finally:
+            self._calls -= 1
 
     def is_ready(self) -> bool:
         """See `Predictor.is_ready`."""
@@ -195,10 +202,14 @@ class Batcher:
             if not self._workers.can_start(full=full):
                 return
             wait = self._queue[0].accepted + self._max_wait - time.monotonic()
-            if not full and wait > 0 and self.may_get_more():
+            if not full and wait > 0 and self._may_get_more():
                 self._timer = asyncio.get_running_loop().call_later(wait, self._pump)
                 return
             self._start()
+
+    def _may_get_more(self) -> bool:
+        """Whether an open connection could send another request now."""
+        return self.count_connections is None or self.count_connections() > self._calls
 
     def _start(self) -> None:
         batch: list[Pending] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import signal
 import socket
@@ -23,7 +24,8 @@ from mopefuse.serving.server_settings import ServerSettings
 from mopefuse.serving.service import Service
 from mopefuse.serving.worker_pool import COMMAND, WorkerPool
 
-_GRACE = 0.3  # seconds in which requests that are on their way are still refused politely
+_GRACE = 0.3  # seconds in which requests that are on their way are still refused politely, before it stops listening
+_LAST_GRACE = 1.0  # seconds for connections that were made until then
 _KEEP_ALIVE = 75  # seconds, more than those of common proxies
 _BACKLOG = 2048
 _MOST_FILES = 65536
@@ -73,6 +75,24 @@ class _Uvicorn(uvicorn.Server):
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Do nothing; see above."""
 
+    async def stop_listening(self, listener: socket.socket) -> None:
+        """Close the listener, after accepting connections that wait for it, which would be reset; let clients close them."""
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connection, _ = listener.accept()
+                loop.create_task(loop.connect_accepted_socket(self._protocol, connection))  # noqa: RUF006 (ends at once)
+        for one in self.servers:
+            one.close()
+        until = loop.time() + _LAST_GRACE
+        while self.server_state.connections and loop.time() < until:
+            await asyncio.sleep(0.02)
+
+    def _protocol(self) -> asyncio.Protocol:
+        protocol: Any = self.config.http_protocol_class
+        made: asyncio.Protocol = protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        return made
+
 
 class _Server:
     """The application, the workers behind it and uvicorn in front of it."""
@@ -98,7 +118,7 @@ class _Server:
         service: Service = app.state.service
         server = _Uvicorn(_uvicorn_config(app, settings))
         pool.on_batch = service.metrics.count_batch
-        batcher.may_get_more = lambda: len(server.server_state.connections) > service.waiting
+        batcher.count_connections = lambda: len(server.server_state.connections)
         _announce(listener, self._catalogue, settings)
         pool.begin()
         serving = asyncio.create_task(server.serve([listener]))
@@ -112,6 +132,7 @@ class _Server:
         if not pool.failure.done():
             stop.clear()
             await self._drain(service, batcher, pool.failure, stop)
+            await server.stop_listening(listener)
         server.should_exit = True
         await serving
         await pool.close()

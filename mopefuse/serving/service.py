@@ -24,7 +24,6 @@ from mopefuse.serving.server_settings import ServerSettings
 _LARGE = 200_000  # bytes of a body that is parsed by a thread, so that other requests do not wait
 _URLS_AT_ONCE = 8  # of one request
 _AFTER_SHUTDOWN = 5  # seconds
-_UNREAD = (RequestCode.BODY_TOO_LARGE.text, RequestCode.BODY_INCOMPLETE.text)
 
 T = TypeVar("T")
 Hold = Callable[[int], None]
@@ -34,14 +33,13 @@ class Service:
     """What the routes share.
 
     Attributes:
-        draining: whether the server is about to end, and takes no more requests. waiting: requests that wait for answers.
-        metrics: counts all of them.
+        draining: whether the server is about to end, and takes no more requests. metrics: counts all requests.
     """
 
     def __init__(self, catalogue: Catalogue, predictor: Predictor, settings: ServerSettings) -> None:
         self.catalogue, self.predictor, self.settings = catalogue, predictor, settings
         self.metrics = Metrics(predictor.stats)
-        self.draining, self.waiting = False, 0
+        self.draining = False
         self._urls = UrlReader(settings.allow_urls, limit=settings.max_body, timeout=settings.read_timeout)
         self._held = 0
 
@@ -74,12 +72,16 @@ class Service:
             self._held -= held
 
     def headers_for(self, error: MopefuseError) -> dict[str, str]:
-        """Headers of the response to an error."""
+        """Headers of the response to an error.
+
+        The connection of a body that is too large stays open for a while (see `mopefuse.serving.connections`): if it was closed
+        while the client still sends, the client would not see the response.
+        """
         if error.code == RequestCode.QUEUE_FULL.text:
             return {"Retry-After": str(self.predictor.retry_after())}
         if error.code == RequestCode.SHUTTING_DOWN.text:
             return {"Retry-After": str(_AFTER_SHUTDOWN), "Connection": "close"}
-        return {"Connection": "close"} if error.code in _UNREAD else {}
+        return {"Connection": "close"} if error.code == RequestCode.BODY_INCOMPLETE.text else {}
 
     async def _parse(self, request: Request, hold: Hold) -> Body:
         settings = self.settings
@@ -131,14 +133,12 @@ class Service:
         """
         task = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(request.receive())  # the body was read, so this is the end of the connection
-        self.waiting += 1
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
                 raise ClientDisconnect
             return task.result()
         finally:
-            self.waiting -= 1
             gone.cancel()
             task.cancel()
 
