@@ -283,6 +283,12 @@ CLAIMS: dict[str, dict[str, str]] = {
         "quick": "test_escapes::test_predict_escapes_hostile_text "
         "test_report::test_hostile_labels_texts_and_ids_are_shown_as_text",
     },
+    "a client predicts with a server as with the loaded model": {
+        "quick": "test_client::test_predictions_are_those_of_the_loaded_model "
+        "test_client::test_threads_can_share_a_client "
+        "test_client_retries::test_a_busy_server_is_asked_again_when_it_says",
+        "full": "test_client::test_a_client_predicts_with_mopefuse_serve",
+    },
     "imports only go down": {
         "quick": "test_layers::test_imports_go_down_only",
     },

@@ -29,7 +29,7 @@ const barRow = (label, share, chosen) => {
   bar.style.width = `${100 * share}%`;
   const cells = [
     make("td", { dir: "auto" }, label, ...(chosen ? [" ✓"] : [])),
-    make("td", { class: "track", "aria-hidden": "true" }, bar),
+    make("td", { class: "track", "aria-hidden": "true" }, make("div", {}, bar)),
     make("td", { class: "number", "data-value": share }, percent(share)),
   ];
   return make("tr", { "data-label": label, ...(chosen ? { class: "chosen" } : {}) }, ...cells);
