@@ -262,3 +262,13 @@ def test_a_mixed_batch_on_a_gpu_has_the_right_types(precision: str, monkeypatch:
     assert sum(len(numbers) for numbers, _ in logits) == len(rows)
     assert all(of_rows.is_cuda and of_rows.dtype == torch.float32 for _, of_rows in logits)
     assert {family.routing_BNK.dtype for family in families if family.routing_BNK is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["..", "../default", "a/b", ".hidden", "", "x" * 300, "a\0b"])
+def test_a_name_never_leaves_the_folder(folder: Path, tmp_path: Path, name: str) -> None:
+    served = tmp_path / "served"
+    served.mkdir()
+    shutil.copytree(folder / "default", tmp_path / "default")
+    shutil.copytree(folder / "default", served / ".hidden")
+    with pytest.raises(RequestError, match="is served"):
+        Catalogue(adapters=served).find(name)

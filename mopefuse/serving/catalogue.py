@@ -1,8 +1,8 @@
 """The models that a server offers: their names, folders and facts. Nothing here loads weights or imports torch.
 
-A folder of adapters is read again when a name is unknown, and at most every `RESCAN` seconds otherwise, so that a model is
-added by moving its folder there, and removed by moving it away. A folder whose manifest changed is another version of its
-model. Files of a run are not verified before it is loaded.
+A folder of adapters is read again every `RESCAN` seconds at most, and an unknown name is looked up in it at once, so that a
+model is added by moving its folder there, and removed by moving it away. A folder whose manifest changed is another version
+of its model. Files of a run are not verified before it is loaded.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mopefuse.runs.locate import find_run, get_kind, locate
 from mopefuse.tasks.base import task_from_facts
 
 RESCAN = 2.0
+_SUGGESTED = 500  # models whose names are compared with an unknown one; more would take long
 _KINDS = ("run", "adapter", "bundle")
 
 
@@ -101,8 +102,7 @@ class Catalogue:
     def entries(self) -> dict[str, Entry]:
         """All models of this moment, by name."""
         with self._lock:
-            if time.monotonic() - self._scanned >= RESCAN:
-                self._refresh()
+            self._rescan()
             return dict(self._entries)
 
     def named(self) -> list[Entry]:
@@ -116,11 +116,14 @@ class Catalogue:
         Raises:
             RequestError: there is no such model, or several and no name.
         """
-        entries = self.entries()
-        if name is not None and name not in entries:
-            with self._lock:
-                self._refresh()
-                entries = dict(self._entries)
+        with self._lock:
+            self._rescan()
+            found = self._entries.get(name) if name is not None else None
+            if name is not None and found is None and (found := self._new(name)) is not None:
+                self._entries = {**self._entries, name: found}
+            entries = self._entries
+        if found is not None:
+            return found
         if name is None and len(entries) == 1:
             return next(iter(entries.values()))
         if name is None:
@@ -128,10 +131,19 @@ class Catalogue:
             known = ", ".join(sorted(entries)[:12])
             fix = f'add "model", one of {known}' if known else "add a model to the server's folder"
             raise RequestError(RequestCode.MODEL_NOT_NAMED, what, where="model", fix=fix)
-        if name not in entries:
-            fix = did_you_mean(name, entries) or "add a model to the server's folder"
-            raise RequestError(RequestCode.NO_SUCH_MODEL, f"no model {name!r} is served", where="model", fix=fix)
-        return entries[name]
+        fix = did_you_mean(name[:100], [*entries][:_SUGGESTED]) or "add a model to the server's folder"
+        name = name if len(name) <= 100 else f"{name[:100]}…"
+        raise RequestError(RequestCode.NO_SUCH_MODEL, f"no model {name!r} is served", where="model", fix=fix)
+
+    def _new(self, name: str) -> Entry | None:
+        """A model that was added to the folder since it was read; None if there is none of this name."""
+        if self.adapters is None or name.startswith(".") or name != Path(name).name or "\0" in name:
+            return None
+        return _entry(name, self.adapters / name)
+
+    def _rescan(self) -> None:
+        if time.monotonic() - self._scanned >= RESCAN:
+            self._refresh()
 
     def _refresh(self) -> None:
         found = {name: _entry(name, folder) for name, folder in self._named.items()}
