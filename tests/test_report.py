@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import torch
@@ -14,11 +16,11 @@ from check_cases import ATTRIBUTE, HOSTILE
 from conftest import TINY, call, make_pairs, matrix, write_rows
 from PIL import Image
 from report_cases import facts_of, keys, page_of
-from test_data_pages import Page
+from test_data_pages import SERVED, Page
 
 from mopefuse.config.schema import Data
 from mopefuse.data.load import load_data
-from mopefuse.report import run_errors, run_routing
+from mopefuse.report import run_errors, run_overview, run_routing
 from mopefuse.report.pages import Section, fragment, sections_page
 from mopefuse.report.run_report import report
 
@@ -49,14 +51,31 @@ def test_the_page_has_every_section_and_explains_its_numbers(run: Path) -> None:
     assert len(page.pictures()) >= 7
 
 
+def test_the_page_says_how_to_try_the_model(run: Path) -> None:
+    page = page_of(run)
+    assert f"mopefuse serve {run}, then open {SERVED}run" in re.sub(r"\s+", " ", page.text)
+    assert [link["href"] for link in page.all("a")] == [f"{SERVED}run"]
+
+
+def test_odd_names_stay_text_in_the_command_and_the_link(run: Path) -> None:
+    odd = f"a b'&\"<{HOSTILE}"
+    facts = facts_of(run, path=f"runs/{odd}", name=odd)
+    page = Page(sections_page("x", "x", [], [run_overview.task(facts)]))
+    page.check_harmless()
+    (address,) = (link["href"] for link in page.all("a"))
+    assert parse_qs(urlsplit(address).query) == {"model": [odd]}
+    command = re.search(r"mopefuse serve (.*), then open", page.text)
+    assert command is not None and shlex.split(command[1]) == [f"runs/{odd}"]
+
+
 def test_the_page_loads_nothing_and_runs_only_its_own_scripts(run: Path) -> None:
     page = page_of(run)
     page.check_harmless()
     assert len(page.scripts) == 3, "data, library, and the script for sorting and filtering"
-    assert not {"link", "iframe", "object", "a", "form"} & {tag for tag, _ in page.elements}
+    assert not {"link", "iframe", "object", "form"} & {tag for tag, _ in page.elements}
     html = (run / "report.html").read_text(encoding="utf-8")
     without = re.sub("<script.*?</script>", "", html, flags=re.DOTALL)
-    assert "http" not in without.replace("http-equiv", "")
+    assert "http" not in without.replace("http-equiv", "").replace(SERVED, "")
     assert len(html) < 1_500_000 and len(without) < 300_000
 
 

@@ -39,7 +39,7 @@ class RunFacts:
         baselines: simpler methods on the same data, from `find_baselines`.
         derive: fills in settings that are unset, see `mopefuse.report.settings.changed_settings`.
         missing: `mopefuse.evaluation.missing_modalities.Missing.as_dict` of this split and step; empty if it was not measured.
-        notes: caveats shown at the top.
+        notes: caveats shown at the top. path: the run's folder as it was given, for commands.
     """
 
     name: str
@@ -56,6 +56,7 @@ class RunFacts:
     audit: Mapping[str, Any] | None = None
     missing: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    path: str = ""
     baselines: tuple[Baseline, ...] = ()
     derive: Derive = lambda config: config
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from shlex import quote
+from urllib.parse import quote as url_quote
+
 from mopefuse.config.encoder_sides import is_comp
 from mopefuse.core.formatting import percent
 from mopefuse.metrics.names import in_per_cent, write_metric, write_number
@@ -11,6 +14,7 @@ from mopefuse.report.pages import Section, fragment
 from mopefuse.report.run_data import RunFacts
 from mopefuse.report.settings import changed_settings
 
+_TRY_AT = "http://127.0.0.1:8000/?model="  # where `mopefuse serve` listens by default
 _LABELS = 120  # characters of the list of labels
 _LISTED = frozenset({"main", "comp", "method", "data.path"})  # settings with a separate line
 _CONDITIONS = {
@@ -43,7 +47,7 @@ def tiles(facts: RunFacts) -> list[tuple[str, str]]:
 def task(facts: RunFacts) -> Section:
     """Data, labels, encoders, counts, and the settings that were chosen."""
     counts = facts.result.get("rows") or {name: len(split.rows) for name, split in facts.data.splits.items()}
-    rows = [
+    rows: list[tuple[str, str]] = [
         ("data", str(facts.data.root)),
         ("rows", ", ".join(f"{name} {count:,}" for name, count in counts.items())),
         ("task", str(facts.task)),
@@ -53,6 +57,9 @@ def task(facts: RunFacts) -> Section:
     for side, encoder in facts.manifest["encoders"].items():
         about = f"{encoder.get('spec', '')} ({encoder.get('modality', '')}, {encoder.get('layers', '?')} layers)"
         rows.append(("complementary encoder" if is_comp(side) else f"{side} encoder", about))
+    if facts.path:
+        address = _TRY_AT + url_quote(facts.name, safe="")
+        rows.append(("try it", fragment("try_it", f"mopefuse serve {quote(facts.path)}", address)))
     body = fragment("rows", rows) + fragment("settings", changed_settings(facts.config, facts.derive, hidden=_LISTED))
     return Section("task", "The task", body, half=True)
 

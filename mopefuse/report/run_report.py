@@ -90,6 +90,7 @@ def report(
         part = f"This page shows {most:,} of {total:,} samples, drawn at random; mopefuse eval reports the metrics of all."
         notes = (*notes, part)
     facts, found = _facts(replace(opened, data=dataset), audit=audit, notes=notes, advance=advance)
+    facts = replace(facts, path=str(run))
     parts = sections(facts)
     write(page, run_page(facts, parts))
     files = save_charts(parts, figures)
