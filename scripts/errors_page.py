@@ -77,6 +77,7 @@ Codes are stable: their meaning does not change, and numbers are never reused.
 | 8 | a value that must be finite is NaN or infinite |
 | 9 | a plugin cannot be used |
 | 10 | a check failed: a quality gate (`eval --min`), or an exported graph that differs from its model |
+| 11 | a request to a server of models failed, or the server cannot be started or reached |
 | 130, 143 | stopped by Ctrl-C, by SIGTERM; training saves a checkpoint first, and `--resume` continues from it |
 | 141 | the program that reads the output closed the pipe, as `head` does |
 

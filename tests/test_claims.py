@@ -283,6 +283,46 @@ CLAIMS: dict[str, dict[str, str]] = {
         "quick": "test_escapes::test_predict_escapes_hostile_text "
         "test_report::test_hostile_labels_texts_and_ids_are_shown_as_text",
     },
+    "a server answers every request that it accepted, whatever dies or ends meanwhile": {
+        "quick": "test_serve_batching::test_a_batch_whose_worker_dies_is_computed_again "
+        "test_serve_batching::test_only_the_request_that_kills_workers_is_given_up",
+        "full": "test_serve::test_a_killed_worker_loses_no_request "
+        "test_serve::test_a_request_that_kills_workers_is_answered_and_the_others_as_well "
+        "test_serve::test_a_worker_out_of_memory_is_503_and_goes_on "
+        "test_serve::test_a_server_whose_workers_cannot_load_ends_with_the_reason "
+        "test_serve::test_a_signal_under_load_loses_no_accepted_request "
+        "test_serve::test_a_signal_to_all_processes_lets_accepted_requests_finish "
+        "test_serve::test_the_end_is_not_put_off_for_ever "
+        "test_serve::test_workers_end_with_a_server_that_is_killed",
+    },
+    "a client that misbehaves gets an error, and affects no other": {
+        "quick": "test_serve_http::test_a_wrong_body_is_explained test_serve_http::test_a_missing_or_wrong_key_is_refused "
+        "test_serve_http::test_a_body_is_limited_whether_it_is_announced_or_not "
+        "test_serve_batching::test_a_full_queue_refuses_and_says_when_to_come_back",
+        "full": "test_serve::test_a_client_that_stalls_is_disconnected test_serve::test_a_body_that_trickles_is_given_up "
+        "test_serve::test_endless_headers_are_cut_off "
+        "test_serve::test_a_body_that_is_too_large_is_refused_before_it_was_sent "
+        "test_serve::test_a_body_that_was_refused_is_not_read_for_ever "
+        "test_serve::test_requests_of_clients_that_left_are_not_computed "
+        "test_serve::test_ten_thousand_rows_at_once_are_answered_or_refused "
+        "test_serve::test_connections_are_limited_if_asked "
+        "test_serve::test_an_image_with_too_many_pixels_or_of_no_format_is_refused",
+    },
+    "requests of many clients share batches, and a single client does not wait": {
+        "quick": "test_serve_batching::test_a_batch_starts_when_it_is_full "
+        "test_serve_batching::test_nothing_waits_for_connections_that_do_not_exist",
+        "full": "test_serve::test_a_single_client_does_not_wait_for_others "
+        "test_serve::test_requests_of_several_clients_share_a_batch",
+    },
+    "mopefuse serve predicts what its models predict, and documents itself": {
+        "quick": "test_serve_http::test_one_row_is_one_request "
+        "test_serve_http::test_every_documented_example_works_and_every_path_is_documented",
+        "full": "test_serve::test_predictions_are_those_of_the_models test_serve::test_the_printed_command_works "
+        "test_serve::test_an_adapter_can_be_removed_and_added_while_it_is_used "
+        "test_serve::test_bundles_are_served_without_torch test_serve::test_a_port_in_use_is_an_error "
+        "test_serve::test_a_server_cannot_be_started_with_nothing_or_nonsense test_serve::test_a_missing_package_is_named "
+        "test_serve::test_the_documentation_works_in_a_browser",
+    },
     "a client predicts with a server as with the loaded model": {
         "quick": "test_client::test_predictions_are_those_of_the_loaded_model "
         "test_client::test_threads_can_share_a_client "

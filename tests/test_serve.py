@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx
 import pytest
+from chromium import Chromium
 from conftest import call
 from PIL import Image
 from serving_cases import PATIENCE, Running, encoded, fake_server, png, running, wait_for
@@ -362,7 +363,7 @@ def real(trained: Path, exported: Path, tmp_path_factory: pytest.TempPathFactory
     adapters = tmp_path_factory.mktemp("adapters")
     assert call("export", trained, "--format", "adapter", "-o", adapters / "first").returncode == 0
     command = [sys.executable, "-m", "mopefuse", "serve", str(trained), f"b={exported}", "--adapters", str(adapters)]
-    with running([*command, "--port", "0", "--device", "cpu", "--threads", "1", "--max-pixels", "1000"]) as server:
+    with running([*command, "--port", "0", "--device", "cpu", "--threads", "1", "--max-pixels", "2000"]) as server:
         server.wait_until_ready()
         server.adapters = adapters  # type: ignore[attr-defined]
         yield server
@@ -412,6 +413,27 @@ def test_an_adapter_can_be_removed_and_added_while_it_is_used(real: Running, tmp
     assert statuses <= {200, 404}
     wait_for(lambda: real.post(**body).status_code == 404, "the removal")
     assert real.metric("mopefuse_worker_restarts_total") == 0
+
+
+def test_the_documentation_works_in_a_browser(real: Running, browser: Chromium) -> None:
+    browser.requests, browser.complaints = [], []
+    browser.ask("Emulation.setDeviceMetricsOverride", width=1200, height=900, deviceScaleFactor=1, mobile=False)
+    browser.ask("Page.navigate", url=f"{real.url}/docs")
+
+    def count(selector: str) -> int:
+        return int(browser.evaluate(f"document.querySelectorAll('.opblock-post {selector}').length"))
+
+    def click(selector: str) -> None:
+        wait_for(lambda: count(selector), selector)
+        browser.evaluate(f"document.querySelector('.opblock-post {selector}').click()")
+
+    click(".opblock-summary-control")
+    wait_for(lambda: count("textarea"), "the example")
+    wait_for(lambda: click(".execute") or count(".live-responses-table .response"), "the response")
+    found = browser.evaluate("document.querySelector('.opblock-post .live-responses-table .response').innerText")
+    assert found.startswith("200") and '"label"' in found
+    assert {url for url in browser.requests if not url.startswith((real.url, "data:"))} == set()
+    assert browser.complaints == []
 
 
 def test_bundles_are_served_without_torch(exported: Path, tmp_path: Path) -> None:

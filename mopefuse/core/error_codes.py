@@ -5,16 +5,9 @@ Numbers are stable: add new ones, but never reuse or renumber them. docs/errors.
 
 from __future__ import annotations
 
-from enum import IntEnum, unique
+from enum import unique
 
-
-class ErrorCode(IntEnum):
-    """A number of one family."""
-
-    @property
-    def text(self) -> str:
-        """The whole code, ``MF-DATA-11``."""
-        return f"MF-{_FAMILIES[type(self).__name__]}-{int(self):02d}"
+from mopefuse.core.error_families import ErrorCode
 
 
 @unique
@@ -395,18 +388,3 @@ class RequestCode(ErrorCode):
     PORT_IN_USE = 20
     EQUAL_MODEL_NAMES = 21
     NOTHING_TO_SERVE = 22
-
-
-_FAMILIES = {
-    "ConfigCode": "CFG",
-    "DataCode": "DATA",
-    "PathCode": "SEC",
-    "EncoderCode": "ENC",
-    "PackageCode": "ENV",
-    "CheckpointCode": "CKPT",
-    "ResourceCode": "RES",
-    "NumericCode": "NUM",
-    "PluginCode": "PLUG",
-    "GateCode": "GATE",
-    "RequestCode": "REQ",
-}

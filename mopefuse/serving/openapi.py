@@ -64,7 +64,7 @@ def _example_model(catalogue: Catalogue) -> tuple[str, list[str]]:
             return name, list(entry.facts["modalities"])
         except MopefuseError:
             continue
-    return "", ["image", "text"]
+    return "", list(modality.BY_POSITION)
 
 
 @cache
