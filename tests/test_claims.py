@@ -329,6 +329,11 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_client_retries::test_a_busy_server_is_asked_again_when_it_says",
         "full": "test_client::test_a_client_predicts_with_mopefuse_serve",
     },
+    "the page of a server shows what its models predict": {
+        "quick": "test_try_page::test_the_page_shows_the_prediction_of_the_model "
+        "test_try_page::test_errors_are_shown_as_the_server_words_them "
+        "test_try_page::test_swagger_ui_sends_a_request",
+    },
     "imports only go down": {
         "quick": "test_layers::test_imports_go_down_only",
     },

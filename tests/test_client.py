@@ -77,9 +77,7 @@ def assert_same(found: Sequence[Any], wanted: Sequence[Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["single", "several", "number", "numbers", "mask", "pair"])
-def test_predictions_are_those_of_the_loaded_model(
-    name: str, models: Path, client: mopefuse.Client, files: list[Path]
-) -> None:
+def test_predictions_are_those_of_the_loaded_model(name: str, models: Path, client: mopefuse.Client, files: list[Path]) -> None:
     texts = [f"{TEXT} {number}\r\nor that" for number in range(len(files))]
     found = client.predict(files, texts, model=name, routing=True)
     wanted = mopefuse.load(models / name, device="cpu").predict(files, texts, routing=True)
@@ -184,17 +182,13 @@ def test_an_unknown_model_is_an_error_of_the_call(
     assert caught.value.number == number and "single" in caught.value.fix
 
 
-def test_a_key_is_sent_and_a_wrong_one_is_explained(
-    models: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_is_sent_and_a_wrong_one_is_explained(models: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with local_server(models, api_key="s3cret") as server:
         for given in ("wrong", ""):
             with mopefuse.Client(server.url, given) as client, pytest.raises(RequestError) as caught:
                 client.predict(files[0], TEXT, model="single")
             assert caught.value.number == RequestCode.BAD_KEY
-            assert str(caught.value) == (
-                "the key is missing or wrong · api_key · fix: pass api_key, or set MOPEFUSE_API_KEY"
-            )
+            assert str(caught.value) == ("the key is missing or wrong · api_key · fix: pass api_key, or set MOPEFUSE_API_KEY")
         assert len(server.log) == 2, "it is not tried again"
         monkeypatch.setenv("MOPEFUSE_API_KEY", "s3cret\n")
         with mopefuse.Client(server.url) as client:
