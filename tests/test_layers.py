@@ -176,7 +176,7 @@ MAY_NAME_THEM = {  # modalities are data: all other modules use `mopefuse.modali
     **dict.fromkeys(("report.run_errors", "report.run_routing", "report.run_data", "report.run_masks"), "a key of a template"),
     "report.themes": "a kind of mark in charts",
     "training.demo": "the two baselines of the demo",
-    **dict.fromkeys(("cli.serve", "serving.server_settings"), "a form of the log"),
+    **dict.fromkeys(("cli.serve", "serving.server_settings", "serving.ray_settings"), "a form of the log"),
 }
 
 
