@@ -334,6 +334,17 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_try_page::test_errors_are_shown_as_the_server_words_them "
         "test_try_page::test_swagger_ui_sends_a_request",
     },
+    "Ray Serve answers like one server, and loses no request if a replica dies": {
+        "quick": "test_serve_ray::test_a_call_is_sent_again_if_its_replica_died "
+        "test_serve_ray::test_a_call_that_kills_replicas_is_given_up "
+        "test_serve_ray::test_a_full_queue_refuses_the_request",
+        "full": "test_serve_ray::test_a_killed_replica_loses_no_request_and_is_replaced "
+        "test_serve_ray::test_the_interface_is_that_of_the_server_on_one_machine",
+    },
+    "the files for containers are valid and agree with the server": {
+        "quick": "test_deploy::test_its_linter_accepts_it test_deploy::test_every_flag_exists test_deploy::test_ports_agree",
+        "full": "test_deploy::test_the_slim_image_serves_bundles_and_ends_on_sigterm",
+    },
     "imports only go down": {
         "quick": "test_layers::test_imports_go_down_only",
     },
