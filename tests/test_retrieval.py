@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,13 +134,22 @@ def test_coordinates_of_landmarks_have_the_kernel_as_dot_products() -> None:
     np.testing.assert_allclose((coordinates @ coordinates.T).numpy(), wanted, atol=1e-4)
 
 
+def test_repeated_landmarks_do_not_amplify_rounding() -> None:
+    """A difference of rounding in a feature is one in its coordinates."""
+    draw = torch.Generator().manual_seed(0)
+    features = torch.randn(12, 5, generator=draw).repeat(4, 1)
+    noise = 1e-6 * torch.randn(48, 5, generator=draw)
+    landmarks = Landmarks(5, 48)
+    landmarks.place(features, 0.5)
+    with torch.no_grad():
+        assert (landmarks(features + noise) - landmarks(features)).abs().max() < 3e-6
+
+
 def test_projections_are_those_of_canonical_correlation_analysis() -> None:
     """Without regularisation, and up to the weight and the sign of each direction, they equal scikit-learn's."""
     draw = torch.Generator().manual_seed(0)
     shared = torch.randn(400, 2, generator=draw)
-    one, other = (
-        shared @ torch.randn(2, 4, generator=draw) + 0.5 * torch.randn(400, 4, generator=draw) for _ in range(2)
-    )
+    one, other = (shared @ torch.randn(2, 4, generator=draw) + 0.5 * torch.randn(400, 4, generator=draw) for _ in range(2))
     pair = (one, other)
     keys = torch.arange(400)[:, None]
     found = fit_projection(pair, pair, 2, lambda outputs: Retrieval(2, 1).loss(outputs, keys).mean(), ridges=(0.0,))
@@ -244,6 +254,31 @@ def test_what_is_wrong_with_a_gallery_is_said(run: Path, pairs: Path, tmp_path: 
     assert "MF-CFG-152" in call("eval", run, "--missing", "text=0.5").stderr
     assert "MF-CFG-403" in call("fit", pairs, "--task", "retrieval", "--out", tmp_path / "fit").stderr
     assert "MF-CFG-100" in call("swap-encoder", run, "--comp", "tiny:text", "-o", tmp_path / "new").stderr
+
+
+def test_rows_that_share_an_image_have_one_landmark(run: Path) -> None:
+    """Ten images for 40 rows."""
+    found = mopefuse.load_model(run).state_dict()["head.main.0.landmark_MC"]
+    assert int(found.any(dim=1).sum()) == 10
+
+
+@pytest.mark.parametrize("method", ["linear", "conditional"])
+def test_pairs_with_one_distinct_image_are_refused(pairs: Path, tmp_path: Path, method: str) -> None:
+    data = shutil.copytree(pairs, tmp_path / "data")
+    rows = [json.loads(line) for line in (pairs / "train.jsonl").read_text().splitlines()]
+    (data / "train.jsonl").write_text("".join(json.dumps({**row, "img": rows[0]["img"]}) + "\n" for row in rows))
+    done = call("train", *SPECS, "--data", data, "--out", tmp_path / "run", "--method", method, "--epochs", "1")
+    assert done.returncode == 4, done.stderr
+    assert "error[MF-DATA-07]: train has 1 distinct image, and a search needs at least two · train.jsonl · fix:" in done.stderr
+    (data / "train.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    done = call("train", *SPECS, "--data", data, "--out", tmp_path / "run", "--method", method, "--epochs", "1")
+    assert done.returncode == 4 and "a search needs at least two" in done.stderr, done.stderr
+
+
+def test_a_search_among_equal_features_is_fitted_without_an_error() -> None:
+    same, keys = (torch.ones(6, 3), torch.randn(6, 3)), torch.arange(6)[:, None]
+    found = fit_projection(same, same, 2, lambda outputs: Retrieval(2, 1).loss(outputs, keys).mean())
+    assert all(weight_EM.isfinite().all() for weight_EM in found.weights_EM)
 
 
 @pytest.mark.parametrize("form", ["adapter", "pt2", pytest.param("onnx", marks=pytest.mark.matrix)])

@@ -25,6 +25,7 @@ RIDGES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 1e-2)
 SCALES = (3.0, 5.0, 8.0, 12.0, 18.0, 27.0, 40.0)
 """Scales of the scores that are tried."""
 _SMALLEST = 1e-6  # eigenvalue of a kernel relative to the largest, below which it is noise
+_NO_VARIANCE = 1e-12  # of features that are all the same
 
 Pair = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor], Tensor]
@@ -49,10 +50,10 @@ class Landmarks(nn.Module):
         self.sharpness: Tensor
 
     def place(self, feature_MC: Tensor, sharpness: float) -> None:
-        """Use these features as landmarks."""
+        """Use these features as landmarks; directions in which they differ by no more than noise are left out."""
         direction_MC = F.normalize(feature_MC.double(), dim=-1)
         value_M, vector_MM = torch.linalg.eigh(kernel(direction_MC, direction_MC, sharpness))
-        root_M = value_M.clamp(min=_SMALLEST * float(value_M.max())).rsqrt()
+        root_M = torch.where(value_M > _SMALLEST * value_M.max(), value_M.clamp(min=1e-300).rsqrt(), 0.0)
         self.landmark_MC.copy_(direction_MC)
         self.whiten_MM.copy_(vector_MM * root_M @ vector_MM.T)
         self.sharpness.fill_(sharpness)
@@ -89,9 +90,10 @@ def fit_projection(train: Pair, val: Pair, width: int, loss: Loss, ridges: Seque
     best: Projection | None = None
     for ridge in ridges:
         roots = [
-            vector_MM * (value_M.clamp(min=0) + ridge * value_M.sum()).rsqrt() @ vector_MM.T for value_M, vector_MM in spectra
+            vector_MM * (value_M.clamp(min=0) + ridge * value_M.sum()).clamp(min=_NO_VARIANCE).rsqrt() @ vector_MM.T
+            for value_M, vector_MM in spectra
         ]
-        left_MM, strength_M, right_MM = torch.linalg.svd(roots[0] @ cross_MM @ roots[1])
+        left_MM, strength_M, right_MM = torch.linalg.svd(roots[0] @ cross_MM @ roots[1], full_matrices=False)
         pairs = zip(roots, (left_MM, right_MM.T), strict=True)
         weights = [_padded((root_MM @ own_MM[:, :width] * strength_M[:width]).T, width) for root_MM, own_MM in pairs]
         biases = [-weight_EM @ mean_M for weight_EM, mean_M in zip(weights, means_M, strict=True)]

@@ -199,9 +199,11 @@ class ConditionalRetrieval(Towers):
         return Fitted(state, what)
 
     def _landmarks(self, feature_SC: Tensor, sharpness: float) -> Landmarks:
-        """Landmarks at the first rows."""
-        landmarks = Landmarks(feature_SC.shape[1], min(self.config.retrieval.landmarks, len(feature_SC)))
-        landmarks.place(feature_SC[: self.config.retrieval.landmarks], sharpness)
+        """Landmarks at the first distinct rows."""
+        first = {row_C.tobytes(): number for number, row_C in reversed([*enumerate(feature_SC.numpy())])}
+        rows = sorted(first.values())[: self.config.retrieval.landmarks]
+        landmarks = Landmarks(feature_SC.shape[1], len(rows))
+        landmarks.place(feature_SC[rows], sharpness)
         return landmarks
 
     def _tower_state(self, side: str, landmarks: Landmarks, weight_EM: Tensor, bias_E: Tensor) -> dict[str, Tensor]:

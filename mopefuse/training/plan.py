@@ -6,15 +6,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from mopefuse.config.schema import RunConfig
 from mopefuse.core import device as devices
 from mopefuse.core import distributed
-from mopefuse.data.base import Batch, DataSet
+from mopefuse.core.error_codes import DataCode
+from mopefuse.core.formatting import several
+from mopefuse.data.base import Batch, DataSet, Split
 from mopefuse.data.collate import Samples
 from mopefuse.data.labels_task import describe_task
 from mopefuse.data.load import load_data
+from mopefuse.errors import DataError
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model, check_names, full_specs, require_rows
 from mopefuse.modalities.base import get_modality
@@ -151,6 +155,18 @@ def _require_rows(model: Fusion, data: DataSet) -> None:
     for name, split in data.splits.items():
         missing = {side: split.is_missing(modality) for side, (modality, _) in model.readers().items()}
         model.require_modalities({side: missing_S for side, missing_S in missing.items() if missing_S.any()}, where=name)
+    if data.task.label_kind == "pair":
+        _require_distinct_values(model, data.splits["train"])
+
+
+def _require_distinct_values(model: Fusion, train: Split) -> None:
+    """Refuse pairs of which one side always has the same value, so that nothing can be searched."""
+    for modality, _ in model.readers().values():
+        distinct = len(np.unique(train.loose_keys[modality][~train.is_missing(modality)]))
+        if distinct < 2:
+            count = several(distinct, f"distinct {modality}", f"distinct {get_modality(modality).plural}")
+            what = f"train has {count}, and a search needs at least two"
+            raise DataError(DataCode.ONE_CLASS, what, where=train.file, fix=f"add rows with another {modality}")
 
 
 def estimate_memory(model: Fusion, data: DataSet, config: RunConfig) -> int:
