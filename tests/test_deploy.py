@@ -18,6 +18,7 @@ from conftest import run_cli
 from serving_cases import encoded, png, running
 
 from mopefuse.serving.middleware import OPEN_PATHS
+from mopefuse.serving.ray_settings import read_settings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,6 +54,8 @@ COMMANDS = {
 
 def option(command: list[str], name: str) -> str:
     return command[command.index(name) + 1]
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # those of Ray
 
 
 @pytest.mark.parametrize(
@@ -150,6 +153,27 @@ def test_what_is_installed_is_what_the_project_declares() -> None:
     assert SERVER["build"]["target"] in ("torch", "onnx") and (DEPLOY / SERVER["build"]["context"]).resolve() == ROOT
     allowed = {line[1:] for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}
     assert allowed == {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"], "mopefuse", "recipes"}
+
+
+def test_metrics_and_flags_in_the_documentation_exist() -> None:
+    page = (ROOT / "docs" / "how-to" / "deploy.md").read_text(encoding="utf-8")
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "mopefuse" / "serving").glob("*.py"))
+    metrics = {name.removesuffix("_total").removeprefix("mopefuse_") for name in re.findall(r"`(mopefuse_\w+)", page)}
+    assert len(metrics) > 8
+    assert {name for name in metrics if f'"{name}"' not in code and f'"mopefuse_{name}"' not in code} == set()
+    known = set(re.findall(r"--[a-z-]+", run_cli("serve", "--help").stdout))
+    of_others = {"--target", "--rm", "--time", "--gpus", "--build", "--from-literal", "--models", "--seconds"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)) <= known | of_others
+
+
+def test_the_cluster_in_the_documentation_is_valid() -> None:
+    page = (ROOT / "docs" / "how-to" / "deploy.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    config = yaml.safe_load(block)
+    schema = pytest.importorskip("ray.serve.schema")
+    (application,) = schema.ServeDeploySchema.model_validate(config).applications
+    assert application.import_path == "mopefuse.serving.ray:app"
+    assert read_settings(application.args, "the page").num_gpus == 1
 
 
 @pytest.fixture(scope="module")
