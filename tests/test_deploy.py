@@ -162,7 +162,7 @@ def test_metrics_and_flags_in_the_documentation_exist() -> None:
     assert len(metrics) > 8
     assert {name for name in metrics if f'"{name}"' not in code and f'"mopefuse_{name}"' not in code} == set()
     known = set(re.findall(r"--[a-z-]+", run_cli("serve", "--help").stdout))
-    of_others = {"--target", "--rm", "--time", "--gpus", "--build", "--from-literal", "--models", "--seconds"}
+    of_others = {"--target", "--rm", "--gpus", "--build", "--from-literal", "--models", "--seconds"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)) <= known | of_others
 
 

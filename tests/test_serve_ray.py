@@ -67,7 +67,7 @@ def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"modles": "x"}, r"unknown setting modles \(did you mean models"),
+        ({"replica": "2"}, r"unknown setting replica \(did you mean replicas"),
         ({"replicas": "0"}, "replicas: got '0'; needs more than 0"),
         ({"autoscaling": "{"}, "needs an object of JSON"),
     ],
@@ -286,7 +286,7 @@ def test_the_interface_is_that_of_the_server_on_one_machine(deployed: Deployment
     here = create_app(engine.catalogue(), _InProcess(engine), ServerSettings(max_rows=12, api_key=KEY), log=lambda record: None)
     image = encoded(png())
     rows = [{"model": "default", "text": "read it", "image": image, "id": 7}, {"model": "experts", "text": "x"}, 3]
-    bodies = [{"rows": rows}, {"model": "defualt", "text": "x"}, {"text": "x"}, {"rows": [{}] * 13}, b"{", b"x" * (21 * 2**20)]
+    bodies = [{"rows": rows}, {"model": "expert", "text": "x"}, {"text": "x"}, {"rows": [{}] * 13}, b"{", b"x" * (21 * 2**20)]
     asked: list[tuple[str, str, Any, dict[str, str]]] = [("POST", "/predict", body, {"X-API-Key": KEY}) for body in bodies]
     asked += [("GET", path, None, {"X-API-Key": KEY}) for path in ("/models", "/models/default", "/models/x", "/health", "/x")]
     asked += [("POST", "/predict", {}, {}), ("GET", "/ready", None, {}), ("GET", "/openapi.json", None, {})]
