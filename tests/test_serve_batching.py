@@ -212,14 +212,16 @@ def test_a_request_that_waited_too_long_is_not_computed() -> None:
 def test_dropped_requests_hold_no_memory() -> None:
     async def work(batcher: Batcher, workers: InstantWorkers) -> None:
         workers.idle = -9
+        await started(batcher, "first")
         for _ in range(50):
             for task in await started(batcher, *"abc"):
                 task.cancel()
             await asyncio.sleep(0)
         await asyncio.sleep(0.01)
+        assert batcher.stats()["queue_length"] == 1
         assert len(batcher._queue) <= 6
 
-    with_instant_workers(work)
+    with_instant_workers(work, queue=1000)
 
 
 # -- workers

@@ -477,6 +477,15 @@ def test_other_urls_are_refused(make_site: Callable[..., Site], host: str, url: 
     assert site.predictor.requests == []
 
 
+def test_an_allowed_host_cannot_redirect_to_another(make_site: Callable[..., Site], host: str) -> None:
+    other = host.replace("127.0.0.1", "localhost")
+    site = make_site(allow_urls=(host, other))
+    assert site.post({"image_url": f"http://{other}/200/a.png"}).status_code == 200
+    response = site.post({"image_url": f"http://{host}/302/http://{other}/200/a.png"})
+    assert error_of(response) == (422, UNREADABLE, "image_url")
+    assert "another host" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "::1", "::ffff:10.0.0.1", "0.0.0.0"])
 def test_a_name_with_a_private_address_is_refused(
     make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, address: str
