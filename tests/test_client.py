@@ -172,7 +172,7 @@ def test_a_row_that_is_refused_raises_or_is_an_error_in_its_place(client: mopefu
         client.predict(errors="ignore")
 
 
-@pytest.mark.parametrize(("name", "number"), [("singel", RequestCode.NO_SUCH_MODEL), (None, RequestCode.MODEL_NOT_NAMED)])
+@pytest.mark.parametrize(("name", "number"), [("singles", RequestCode.NO_SUCH_MODEL), (None, RequestCode.MODEL_NOT_NAMED)])
 @pytest.mark.parametrize("errors", ["raise", "return"])
 def test_an_unknown_model_is_an_error_of_the_call(
     client: mopefuse.Client, files: list[Path], name: str | None, number: int, errors: str
