@@ -337,6 +337,7 @@ def test_a_server_cannot_be_started_with_nothing_or_nonsense(trained: Path, tmp_
         ((), RequestCode.NOTHING_TO_SERVE),
         ((trained, trained), RequestCode.EQUAL_MODEL_NAMES),
         ((tmp_path,), CheckpointCode.NOT_FOUND),
+        (("--adapters", tmp_path / "none"), RequestCode.NOTHING_TO_SERVE),
         ((trained, "--log-format", "xml"), ConfigCode.UNKNOWN_NAME),
         ((trained, "--allow-urls", "https://a.example"), RequestCode.URLS_NOT_ALLOWED),
         ((trained, "--host", "no.such.host.invalid"), RequestCode.PORT_IN_USE),

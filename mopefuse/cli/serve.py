@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from mopefuse.cli import _serve_options as options
 from mopefuse.cli.shared_options import Device
-from mopefuse.core.error_codes import ConfigCode
+from mopefuse.core.error_codes import ConfigCode, RequestCode
 
 
 def serve(
@@ -45,7 +46,7 @@ def serve(
       mopefuse serve runs/first
       mopefuse serve --adapters adapters --port 8080 --workers 2
     """
-    _check(log_format)
+    _check(adapters, log_format)
     from mopefuse.modalities.files import processor_count
     from mopefuse.modalities.image import MAX_PIXELS
     from mopefuse.serving.engine import EngineSettings
@@ -66,13 +67,16 @@ def serve(
     run_server(engine, settings)
 
 
-def _check(log_format: str) -> None:
-    """Refuse a missing package, or an unknown format, before anything is imported."""
+def _check(adapters: Path | None, log_format: str) -> None:
+    """Refuse a missing package or folder, or an unknown format, before anything is imported."""
     from mopefuse.core.dependencies import require
-    from mopefuse.errors import ConfigError
+    from mopefuse.errors import ConfigError, RequestError
 
     packages = ("fastapi", "fastapi_offline", "uvicorn", "python_multipart", "prometheus_client", "httpx")
     require(*packages, extra="serve", what="mopefuse serve")
+    if adapters is not None and not adapters.is_dir():
+        fix = "create it, or pass the folder that contains the folders of the adapters"
+        raise RequestError(RequestCode.NOTHING_TO_SERVE, f"there is no folder {adapters}", where="--adapters", fix=fix)
     if log_format not in ("text", "json"):
         what = f"unknown format {log_format!r}"
         raise ConfigError(ConfigCode.UNKNOWN_NAME, what, where="--log-format", fix="use text or json")
