@@ -16,6 +16,7 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.config.schema import RunConfig
 from mopefuse.core import device as devices
 from mopefuse.core.error_codes import CheckpointCode, DataCode
+from mopefuse.core.formatting import several
 from mopefuse.core.tensor_files import read_tensors
 from mopefuse.data.base import DataSet
 from mopefuse.data.load import has_split_column, load_data
@@ -29,6 +30,7 @@ from mopefuse.metrics.thresholds import THRESHOLD, Thresholds
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.locate import find_run
 from mopefuse.tasks.base import task_from_facts
+from mopefuse.tasks.segmentation import Segmentation
 
 Advance = Callable[[int, int], None]  # (files checked, files in all)
 
@@ -239,8 +241,8 @@ def with_labels(data: DataSet, manifest: Mapping[str, Any], split: str) -> DataS
     """`data` with the labels that a model was trained for, in the model's order.
 
     Raises:
-        DataError: the split has a label that the model was not trained for, or single labels where the model is multi-label
-            or the reverse.
+        DataError: the split has a label that the model was not trained for, or labels of another form: single ones where the
+            model is multi-label or the reverse, another number of numbers, or masks of another kind.
     """
     labels = tuple(manifest["labels"])
     unknown = sorted(data.task.unknown_labels(data.splits[split].labels.counts(), labels))
@@ -253,7 +255,28 @@ def with_labels(data: DataSet, manifest: Mapping[str, Any], split: str) -> DataS
     if data.task.name != task.name:
         what = f"the model was trained for the task {task}, and the labels are those of {data.task}"
         raise DataError(DataCode.MIXED_LABELS, what, where=split, fix="write the labels in the same form as in training")
-    if task.label_kind == "mask" and len(data.labels) > len(labels):
+    if task.label_kind == "number" and len(data.labels) != len(labels):
+        wanted = several(len(labels), "number")
+        what = f"rows have {several(len(data.labels), 'number')}, and the model predicts {len(labels)}"
+        raise DataError(DataCode.MIXED_LABELS, what, where=split, fix=f"write {wanted} per row, as in training")
+    if isinstance(task, Segmentation) and isinstance(data.task, Segmentation):
+        _require_same_masks(data, task, labels, split)
+    return replace(data, labels=labels, task=task.adapted_to(data.task))
+
+
+def _require_same_masks(data: DataSet, task: Segmentation, labels: Sequence[str], split: str) -> None:
+    """Refuse masks that mark an object where the model was trained on class ids, or the reverse, or that have more classes.
+
+    The ids 0 and 1 alone can be classes too.
+    """
+    assert isinstance(data.task, Segmentation)
+    if not task.marks_object and data.task.foreground == 1:
+        what = f"{split}: masks have the ids 0 and 1 only, which are read as the classes {' and '.join(labels[:2])}"
+        warnings.warn(what, Notice, stacklevel=3)
+    elif task.marks_object != data.task.marks_object:
+        what = f"the model predicts {task.describe(labels)}, and the labels are {data.task.describe(data.labels)}"
+        fix = "use masks with 0 and 1 (or 255)" if task.marks_object else "use masks with the class ids of the training data"
+        raise DataError(DataCode.MIXED_LABELS, what, where=split, fix=fix)
+    if len(data.labels) > len(labels):
         what = f"masks have the class {data.labels[len(labels)]}, and the model was trained for {len(labels)} classes"
         raise DataError(DataCode.UNKNOWN_LABEL, what, where=split, fix="use masks with the classes of the training data")
-    return replace(data, labels=labels, task=task.adapted_to(data.task))

@@ -92,6 +92,9 @@ class Segmentation(Task):
         if config.train.class_weights == "balanced":
             what = "labels are masks, and classes of pixels cannot be balanced"
             raise ConfigError(ConfigCode.SETTING_OF_OTHER_TASK, what, where="--class-weights", fix="remove --class-weights")
+        if config.warm_start == "linear":
+            what = "a decoder of masks has no linear model to start from"
+            raise ConfigError(ConfigCode.SETTING_OF_OTHER_TASK, what, where="--warm-start", fix="remove --warm-start")
         how = config.segmentation
         task = self.changed_to(size=how.size) if how.size else self.with_statistics(targets.numbers())
         return task.changed_to(dice=how.dice)
@@ -108,11 +111,14 @@ class Segmentation(Task):
         return self.changed_to(size=(max(1, round(scale * height)), max(1, round(scale * width))))
 
     def adapted_to(self, found: Task) -> Segmentation:
-        """The same task for other data, whose masks may use other ids for the object and for pixels that do not count."""
+        """The same task for other data, whose masks may use other ids for the object and for pixels that do not count.
+
+        What marks an object, an id or the name in the text, is that of the other data.
+        """
         if not isinstance(found, Segmentation):
             return self
-        foreground = found.foreground if self.foreground is not None else None
-        return self.changed_to(ignored=found.ignored, foreground=foreground or self.foreground)
+        marks = found if self.marks_object else self
+        return self.changed_to(ignored=found.ignored, foreground=marks.foreground, names=marks.names)
 
     def changed_to(self, **changes: Any) -> Segmentation:
         """A copy with other arguments."""
@@ -318,9 +324,7 @@ class Segmentation(Task):
             line = {"id": rows[index].id, "mask": encode_runs(mask), "pixels": pixels, "true": rows[index].labels[0]}
             yield json_text(line) + "\n"
 
-    def read_outcome(
-        self, lines: Iterable[tuple[int, Mapping[str, Any]]], samples: int, labels: Sequence[str]
-    ) -> MaskOutcome:
+    def read_outcome(self, lines: Iterable[tuple[int, Mapping[str, Any]]], samples: int, labels: Sequence[str]) -> MaskOutcome:
         """See `Task.read_outcome`."""
         from mopefuse.metrics.masks import MaskOutcome
 
