@@ -56,7 +56,7 @@ def test_for_one_missing_image_the_fix_is_to_add_it(data: Path) -> None:
     (data / "images" / "train-3.png").unlink()
     refused = plan(data)
     assert "image not found: images/train-3.png" in refused.stderr and "fix: add the file" in refused.stderr
-    assert "or add --set data.on_bad=skip to leave the row out" in refused.stderr
+    assert "or add --on-bad skip to leave the row out" in refused.stderr
 
 
 def test_eval_does_not_suggest_a_setting_that_it_has_no_flag_for(data: Path, trained: Path) -> None:

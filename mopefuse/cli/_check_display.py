@@ -107,7 +107,7 @@ def _show_labels(report: Report) -> None:
     part = f", the {_MAX_LABELS // 2} most frequent and rarest" if len(counts) > _MAX_LABELS else ""
     table(f"{len(counts):,} {noun}{kind}{part}", ["label", *names], rows)
     found = report.extremes
-    if found["ratio"]:
+    if found["ratio"] and not (report.task == "segmentation" and found["ratio"] == 1):
         most, least = (f"{visible(found[which]['label'])} ({found[which]['rows']:,})" for which in ("most_frequent", "rarest"))
         text = f"{found['of']}: most frequent {most}, rarest {least}, ratio {found['ratio']:.3g}"
         out().print(text, markup=False)

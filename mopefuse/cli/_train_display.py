@@ -100,9 +100,7 @@ class Display(Listener):
         if not distributed.is_main() or self.json:
             return
         if self._bar is not None:
-            self._bar.update(
-                self._task, description="training", completed=progress.step, total=total, text=f"loss {loss:.3f}"
-            )
+            self._bar.update(self._task, description="training", completed=progress.step, total=total, text=f"loss {loss:.3f}")
             return
         now = time.monotonic()
         if self._began is None:
@@ -145,8 +143,11 @@ class Display(Listener):
         table(f"{self.folder}, step {result['selected_step']}", columns, rows)
         for split, found in splits.items():
             if found.get("absent_labels"):
-                which = several(found["absent_labels"], "label has", "labels have")
-                self.on_notice(f"{split}: {which} no sample; macro-F1 is averaged over the others")
+                of_masks = "miou" in found
+                nouns = ("class has", "classes have") if of_masks else ("label has", "labels have")
+                unit, metric = ("pixel", "mean IoU") if of_masks else ("sample", "macro-F1")
+                which = several(found["absent_labels"], *nouns)
+                self.on_notice(f"{split}: {which} no {unit}; {metric} is averaged over the others")
         parameters = result["parameters"]
         share = 100 * parameters["trainable"] / parameters["total"]
         trained = f"{count(parameters['trainable'])} of {count(parameters['total'])} parameters trained ({share:.2f} %)"

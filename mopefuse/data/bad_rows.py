@@ -9,11 +9,11 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.error_codes import DataCode
 from mopefuse.core.formatting import several
 from mopefuse.data.base import Problem
-from mopefuse.data.findings import KINDS, kind_of_row
+from mopefuse.data.findings import KINDS, fix_of_missing, kind_of_row
 from mopefuse.data.index import Index
 from mopefuse.errors import DataError, data_error
-from mopefuse.modalities.files import root_to_name
-from mopefuse.modalities.masks import file_kind
+from mopefuse.modalities.masks import NAME as MASK
+from mopefuse.modalities.masks import any_png, file_kind
 
 _MAX_LISTED = 20
 
@@ -35,8 +35,11 @@ def skip_bad_rows(index: Index, roots: Sequence[Path], config: DataConfig, *, tr
     where, total = str(roots[0] / index.file), len(index.lines_S) + len(index.row_problems)
     for modality, files in index.files.items() if not unsafe else ():
         if files.all_missing():
-            what = f"none of the {len(files.names):,} {file_kind(modality).plural} exist; first missing: {files.names[0]}"
-            raise DataError(DataCode.FILE_NOT_FOUND, what, where=where, fix=root_to_name(roots, files.names))
+            kind = file_kind(modality).plural
+            what = f"none of the {len(files.names):,} {kind} exist; first missing: {files.names[0]}"
+            if modality == MASK and not any_png(files.names):
+                what = f"labels are not paths of masks (PNG files), such as {files.names[0]:.60}"
+            raise DataError(DataCode.FILE_NOT_FOUND, what, where=where, fix=fix_of_missing(modality, roots, files))
     if config.on_bad == "skip" and not unsafe:
         if len(problems) <= config.max_bad_fraction * total:
             return tuple(problems)
@@ -46,7 +49,7 @@ def skip_bad_rows(index: Index, roots: Sequence[Path], config: DataConfig, *, tr
     shown = unsafe or problems
     first = shown[0]
     if len(problems) == 1 and first.file:
-        skip = ", or add --set data.on_bad=skip to leave the row out" if training and not unsafe else ""
+        skip = ", or add --on-bad skip to leave the row out" if training and not unsafe else ""
         raise data_error(first.code, first.what, where=first.where, fix=f"{first.fix}{skip}")
     code = first.code if len({problem.code for problem in shown}) == 1 else DataCode.BAD_ROW.text
     fix = first.fix if unsafe else f"{_common_fix(problems)}; mopefuse data check --json lists all"

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mopefuse.core.formatting import several
-from mopefuse.data.index import Index
+from mopefuse.data.index import FileValues, Index
 from mopefuse.errors import DataError
 from mopefuse.modalities.files import Files, root_to_name
-from mopefuse.modalities.masks import file_kind
+from mopefuse.modalities.masks import NAME as MASK
+from mopefuse.modalities.masks import any_png, file_kind
 
 
 class Kind(NamedTuple):
@@ -63,6 +64,8 @@ KINDS = {  # in the order of the report
     "missing-mask": Kind("error", "add the file"),
     "unreadable-mask": Kind("error", "save class ids as a PNG with one channel"),
     "unlisted-class": Kind("error", "add its name to the file of names, or set data.ignore_index if such pixels do not count"),
+    "unintended-ids": Kind("error", "correct the masks, or name the classes in labels.txt"),
+    "unused-class-ids": Kind("warning", "correct the masks, or name the classes in labels.txt"),
     "mask-of-other-shape": Kind("warning", "check that the mask belongs to the image; it is stretched to fit"),
     "huge-image": Kind("error", "shrink the image, or raise --max-pixels"),
     "missing-test": Kind("warning", "add test.jsonl, or hold out rows of train with --test-fraction 0.1"),
@@ -207,9 +210,7 @@ def row_findings(index: Index) -> Iterator[Finding]:
             identity = ast.literal_eval(problem.what.removeprefix("duplicate id ").rpartition(", first used on line ")[0])
         elif index.file.endswith("/") and problem.what.startswith("("):  # in an image folder, files are the ids
             identity = problem.what[1:].rpartition(") has ")[0]
-        yield Finding(
-            kind=kind, split=index.split, where=problem.where, message=problem.what, code=problem.code, id=identity
-        )
+        yield Finding(kind=kind, split=index.split, where=problem.where, message=problem.what, code=problem.code, id=identity)
 
 
 def kind_of_row(what: str) -> str:
@@ -223,13 +224,20 @@ def file_findings(index: Index, roots: Sequence[Path]) -> Iterator[Finding]:
         modality = file_kind(name)
         assert isinstance(modality, Files)
         present = np.flatnonzero(files.number_S >= 0)
-        root_hint = root_to_name(roots, files.names) if files.all_missing() else ""
+        root_hint = fix_of_missing(name, roots, files) if files.all_missing() else ""
         numbers, first, counts = np.unique(files.number_S[present], return_index=True, return_counts=True)
         for number, row, rows in zip(numbers.tolist(), present[first].tolist(), counts.tolist(), strict=True):
             file, info = files.names[number], files.infos[number]
             for kind, message, hint in modality.findings(file, info):
                 text = f"{message}; used by {rows} rows" if rows > 1 else message
                 yield finding_at(index, row, kind, text, hint=root_hint or hint, code=info.code, image=file, rows=rows)
+
+
+def fix_of_missing(name: str, roots: Sequence[Path], files: FileValues) -> str:
+    """What to do if no file of a modality, or no mask, exists."""
+    if name == MASK and not any_png(files.names):
+        return "name the column of the masks with --label-col"
+    return root_to_name(roots, files.names)
 
 
 def missing_findings(index: Index) -> Iterator[Finding]:

@@ -31,6 +31,7 @@ from mopefuse.modalities.masks import MASKS, SUFFIX
 from mopefuse.modalities.masks import NAME as MASK
 
 VERSION = 2  # version of the definition of a row; it is part of the fingerprint by which a run recognises its data
+_MISTAKES, _ENOUGH = 0.05, 4  # share of labels that are no PNG files if the others are masks; labels of which one can be
 _NO_ROW, _MISSING = DataCode.BAD_ROW.text, bytes(16)
 Advance = Callable[[int, int], None]
 
@@ -217,9 +218,10 @@ class _ValuesBuilder:
 
 
 def _masks(labels: Labels, config: DataConfig) -> FileValues | None:
-    """The masks that labels name, which have not been checked yet: for segmentation, or if each label is a PNG file."""
+    """The masks that labels name, which have not been checked yet: for segmentation, or if nearly all labels are PNG files."""
     one_each = len(labels) > 0 and bool((np.diff(labels.start_S1) == 1).all())
-    are_files = config.task is None and all(name.lower().endswith(SUFFIX) for name in labels.names)
+    odd, total = sum(not name.lower().endswith(SUFFIX) for name in labels.names), len(labels.names)
+    are_files = config.task is None and odd <= max(_MISTAKES * total, 1 if total >= _ENOUGH else 0)
     if not one_each or not (are_files or config.task == "segmentation"):
         return None
     return FileValues(labels.code_Z.astype(np.int64), [*labels.names], [FileInfo()] * len(labels.names))

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.error_codes import DataCode
+from mopefuse.core.formatting import several
 from mopefuse.data.findings import Finding, finding_at, finding_of
 from mopefuse.data.index import Index
 from mopefuse.data.known_labels import labels_file, read_labels_file
+from mopefuse.data.mask_ids import find_gaps, require_intended_ids, require_object
 from mopefuse.data.mask_targets import ids_by_digest, text_among
 from mopefuse.errors import DataError
 from mopefuse.metrics.names import IGNORED
@@ -28,6 +30,7 @@ if TYPE_CHECKING:  # rows can be read without torch
     pass
 
 Parts = Mapping[str, tuple[Index, NDArray[np.int64]]]
+_KINDS = {DataCode.UNINTENDED_IDS.text: "unintended-ids", DataCode.ONE_CLASS.text: "one-class"}
 
 
 def find_classes(parts: Parts, root: Path, config: DataConfig) -> tuple[Segmentation, tuple[str, ...]]:
@@ -37,16 +40,22 @@ def find_classes(parts: Parts, root: Path, config: DataConfig) -> tuple[Segmenta
     each training text is one of them: then the object of a sample is the class that its text names. Otherwise an id is a class.
 
     Raises:
-        DataError: ids without a name in the file of names, ids that train does not have, or a text that names no class.
+        DataError: ids without a name in the file of names, ids that train does not have, ids that are probably a mistake (see
+            `mopefuse.data.mask_ids`), or a text that names no class.
     """
     ids = {name: _ids_of(index, rows) for name, (index, rows) in parts.items()}
     known = ids["train"] if "train" in ids else set().union(*ids.values())
     listed = labels_file(root, config)
     names = read_labels_file(listed, fold=config.fold_labels) if listed is not None else ()
+    train = parts.get("train")
+    if train and not names:
+        require_intended_ids(*train, config.ignore_index)
     if not names and known == {0, IGNORED} and config.ignore_index == IGNORED:
         return Segmentation(foreground=IGNORED), OBJECT
     ignored = {config.ignore_index, IGNORED}
     known -= ignored
+    if train:
+        require_object(*train, known, config.ignore_index)
     if not names and known <= {0, 1}:
         return Segmentation(ignored=config.ignore_index, foreground=1), OBJECT
     if names and max(known, default=0) >= len(names):
@@ -91,17 +100,31 @@ def _texts_name_classes(parts: Parts, names: Sequence[str]) -> bool:
     return True
 
 
-def find_mask_problems(
-    indexes: Mapping[str, Index], root: Path, config: DataConfig
-) -> tuple[tuple[str, ...], list[Finding]]:
+def find_mask_problems(indexes: Mapping[str, Index], root: Path, config: DataConfig) -> tuple[tuple[str, ...], list[Finding]]:
     """Find the classes of masks, and the problems of masks that can be read, for a data check."""
     found = [finding for index in indexes.values() for finding in _odd_shapes(index)]
     parts = {name: (index, index.good()) for name, index in indexes.items()}
     try:
         task, labels = find_classes(parts, root, config)
-        return task.names or labels, found
+        return task.names or labels, [*found, *_gaps(parts, task, labels, root, config)]
     except DataError as error:
-        return (), [*found, finding_of(error, "unlisted-class")]
+        return (), [*found, finding_of(error, _KINDS.get(error.code, "unlisted-class"))]
+
+
+def _gaps(parts: Parts, task: Segmentation, labels: Sequence[str], root: Path, config: DataConfig) -> Iterator[Finding]:
+    if "train" in parts and not task.marks_object and labels_file(root, config) is None:
+        yield from find_gaps(*parts["train"], labels, config.ignore_index)
+
+
+def mask_notices(parts: Parts, task: Segmentation, labels: Sequence[str], root: Path, config: DataConfig) -> tuple[str, ...]:
+    """What a user should know about masks that training accepts."""
+    gaps = [f"{finding.message}; {finding.hint} ({finding.where})" for finding in _gaps(parts, task, labels, root, config)]
+    indexes = {id(index): index for index, _ in parts.values()}  # held-out rows are in the index of train
+    shapes = [finding for index in indexes.values() for finding in _odd_shapes(index)]
+    text = several(
+        len(shapes), "mask has another shape than its image and is", "masks have another shape than their image and are"
+    )
+    return (*gaps, *([f"{text} stretched to fit; the first, {shapes[0].where}: {shapes[0].message}"] if shapes else []))
 
 
 def count_classes(indexes: Mapping[str, Index], labels: Sequence[str]) -> dict[str, dict[str, int]]:

@@ -89,6 +89,11 @@ def _one_channel(ids: NDArray[Any], name: str, where: str) -> Mask:
 MASKS = Masks()
 
 
+def any_png(names: Sequence[str]) -> bool:
+    """Whether some name is that of a PNG file, so that labels may be masks."""
+    return any(name.lower().endswith(SUFFIX) for name in names)
+
+
 def file_kind(name: str) -> Modality:
     """The kind of files with this name: masks, or a modality."""
     return MASKS if name == NAME else get_modality(name)

@@ -12,6 +12,12 @@ from mopefuse.data.base import DataSet
 from mopefuse.fusion.base import Fusion
 
 _MIN_ROWS, _MIN_ROWS_OF_A_LABEL = 100, 10  # minimum size of the validation split for tuning thresholds
+_NO_THRESHOLD = {
+    "class": "each row has one label, and the likeliest is predicted",
+    "number": "labels are numbers",
+    "mask": "labels are masks, and each pixel has the likeliest class",
+    "pair": "rows are pairs, and candidates are ranked",
+}
 
 
 def likely_mistakes(config: RunConfig, data: DataSet, model: Fusion) -> Iterator[str]:
@@ -36,8 +42,7 @@ def _unread_modalities(data: DataSet, model: Fusion) -> Iterator[str]:
 def _poorly_tuned_thresholds(config: RunConfig, data: DataSet) -> Iterator[str]:
     """Thresholds tuned on few rows, or on few rows of a label, or for single-label data, which has none."""
     if not data.task.uses_thresholds and config.train.threshold != RunConfig(main="", comp="").train.threshold:
-        why = "each row has one label, and the likeliest is predicted" if data.task.is_classification else "labels are numbers"
-        yield f"--threshold {config.train.threshold} has no effect: {why}"
+        yield f"--threshold {config.train.threshold} has no effect: {_NO_THRESHOLD[data.task.label_kind]}"
         return
     if config.train.threshold != "tuned":
         return
