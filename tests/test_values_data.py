@@ -13,10 +13,13 @@ from PIL import Image
 from test_values import make_prices, table
 
 from mopefuse.config.schema import Data
+from mopefuse.data.base import DataSet
 from mopefuse.data.check import check
 from mopefuse.data.guess_columns import guess_columns
 from mopefuse.data.load import load_data
-from mopefuse.errors import MopefuseError
+from mopefuse.errors import DataError, MopefuseError
+from mopefuse.runs.load import with_labels
+from mopefuse.tasks.regression import Regression
 
 PRICES = [f"{number * 1.37:.2f}" for number in range(100)]
 
@@ -27,9 +30,13 @@ PRICES = [f"{number * 1.37:.2f}" for number in range(100)]
         ([*PRICES, "n/a"], {}, "correct or remove the rows, or add --on-bad skip"),
         (PRICES + ["n/a"] * 3, {}, "add --on-bad skip and raise data.max_bad_fraction, which is 0.01"),
         (PRICES + ["n/a"] * 3, {"on_bad": "skip"}, "correct or remove the rows, or raise data.max_bad_fraction, which is 0.01"),
-        (PRICES + ["n/a"] * 30, {"task": "regression"}, "use --task single-label"),
+        (PRICES + ["n/a"] * 30, {}, "use --task single-label"),
+        (PRICES + ["n/a"] * 30, {"task": "regression"}, "correct or remove the rows"),
+        ([price.replace(".", ",") for price in PRICES], {"task": "regression"}, "write a decimal point: 0.00"),
+        ([f"masks/{number}.png" for number in range(40)], {"task": "regression"}, "or use --task segmentation"),
+        ([f"a word {number}" for number in range(40)], {"task": "regression"}, "the column of the numbers with --label-col"),
     ],
-    ids=["few", "too many to skip", "skip is set", "no mistakes"],
+    ids=["few", "too many to skip", "skip is set", "no mistakes", "the task is given", "decimal commas", "masks", "words"],
 )
 def test_the_fix_for_rows_without_a_number_works(labels: list[str], settings: dict[str, Any], fix: str, tmp_path: Path) -> None:
     config = table(tmp_path, labels, **settings)
@@ -39,6 +46,23 @@ def test_the_fix_for_rows_without_a_number_works(labels: list[str], settings: di
     if "max_bad_fraction" in fix:
         data = load_data(config.model_copy(update={"on_bad": "skip", "max_bad_fraction": 0.05}))
         assert len(data.splits["train"].rows) == 100
+
+
+def test_a_decimal_comma_is_named(tmp_path: Path) -> None:
+    prices = [f"{number}7,{number % 90 + 10}" for number in range(100)]
+    with pytest.raises(MopefuseError, match="100 distinct labels") as error:
+        load_data(table(tmp_path, prices))
+    assert error.value.fix.startswith("if labels are numbers, write a decimal point: 07.10; ")
+    with pytest.raises(MopefuseError, match="the numbers of column price have decimal commas") as error:
+        guess_columns(columns_of(tmp_path, price=prices))
+    assert error.value.fix == "write a decimal point: 07.10"
+
+
+def test_one_shorter_list_does_not_make_numbers_classes(tmp_path: Path) -> None:
+    labels: list[Any] = [[0.5], *([row * 1.37, row / 7] for row in range(40))]
+    with pytest.raises(MopefuseError, match="length 1, and that of other rows of length 2") as error:
+        load_data(table(tmp_path, labels))
+    assert error.value.where.startswith("train.jsonl:1") and error.value.fix == "write 2 numbers in every row"
 
 
 @pytest.mark.parametrize(
@@ -126,6 +150,19 @@ def test_a_check_without_a_label_column_suggests_the_only_column_of_numbers(tmp_
     prices = make_prices(tmp_path, rows=20)
     done = call("data", "check", prices, "--split-col", "split")
     assert done.returncode == 4 and "did you mean --label-col price?" in done.stdout
+
+
+@pytest.mark.parametrize(("trained", "found"), [(1, 2), (2, 1), (2, 3)])
+def test_a_model_is_evaluated_on_as_many_numbers_as_it_predicts(trained: int, found: int, tmp_path: Path) -> None:
+    def numbers(count: int) -> DataSet:
+        labels = [[row * 1.5 + 0.25 * column for column in range(count)] if count > 1 else row * 1.5 for row in range(20)]
+        return load_data(table(tmp_path / str(count), labels, task="regression"))
+
+    facts = Regression([0.0] * trained, [1.0] * trained).facts()
+    with pytest.raises(DataError) as error:
+        with_labels(numbers(found), {"labels": numbers(trained).labels, "task": facts}, "val")
+    assert error.value.what == f"rows have {found} number{'s' * (found > 1)}, and the model predicts {trained}"
+    assert error.value.fix == f"write {trained} number{'s' * (trained > 1)} per row, as in training"
 
 
 def test_several_numbers_are_a_list_in_one_column(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def train_leader(context: Context, candidate: Candidate) -> None:
     """
     run, entry = context.folder.candidate_run(candidate.name), context.folder.entries[candidate.name]
     if not run.metrics_file.is_file():
-        context.listener.on_phase(f"training {candidate.title}", context.budget)
+        context.listener.on_phase(f"training {candidate.title_for(context.data.task)}", context.budget)
         start: Start | None = None
         more: dict[str, Any] = {"linear": {"strengths": sorted(set(entry.strengths))}} if entry.strengths else {}
         if entry.epochs:  # fitted in memory, several times as fast as step by step
@@ -125,12 +125,12 @@ def try_trained(context: Context, candidate: Candidate, leader: str) -> None:
     """
     if context.is_done(candidate):
         return
-    entry = Entry(candidate.name, candidate.title, context.reads(candidate), SKIPPED)
+    entry = Entry(candidate.name, candidate.title_for(context.data.task), context.reads(candidate), SKIPPED)
     if context.budget.left <= _start_seconds(context, candidate):
         entry.note = f"too little time left of {duration(context.budget.total)}"
         context.record(entry)
         return
-    context.listener.on_phase(f"training {candidate.title}", context.budget)
+    context.listener.on_phase(f"training {candidate.title_for(context.data.task)}", context.budget)
     began = time.monotonic()
     listener = _listener(context, leader)
     run = context.folder.candidate_run(candidate.name)

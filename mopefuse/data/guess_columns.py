@@ -17,7 +17,7 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.error_codes import DataCode
 from mopefuse.data.columns import COMMON_LABELS, EXPECTED, flag_for, get_column
 from mopefuse.data.label_cells import parse_list
-from mopefuse.data.labels_task import look_like_quantities
+from mopefuse.data.labels_task import fix_of_decimal_commas, look_like_quantities
 from mopefuse.data.tables import IMAGE_SUFFIXES, find_tables, split_column
 from mopefuse.errors import DataError
 from mopefuse.modalities.base import get_modality
@@ -141,9 +141,8 @@ class _Guesser:
         longest = max(length, key=lambda column: length[column])
         close = [column for column in length if length[column] * _CLEARLY_LONGER > length[longest]]
         column = self._only(close, name, get_modality(name).common_columns)
-        others = [other for other in length if other != column]
-        why = f"the longest; to use another, add {flag_for(name, others[0])}" if others else "the only one of several words"
-        self.take(setting, column, name, why)
+        one_of_several = f"the longest; {flag_for(name, 'NAME')} selects another"
+        self.take(setting, column, name, one_of_several if len(length) > 1 else "the only one of several words")
 
     def _is_text(self, column: str) -> bool:
         cells = self.cells[column]
@@ -159,6 +158,12 @@ class _Guesser:
         found = found or self._quantities()
         named = [column for column in found if column.lower() in COMMON_LABELS]
         in_words = [column for column in found if column in lists or not all(map(_is_number, self.cells[column]))]
+        with_commas = {column: fix for column in self.free if (fix := fix_of_decimal_commas(dict.fromkeys(self.cells[column])))}
+        if not found and len(with_commas) == 1:
+            (column, fix), where = next(iter(with_commas.items())), str(self.config.path)
+            raise DataError(
+                DataCode.COLUMN_NOT_GUESSED, f"the numbers of column {column} have decimal commas", where=where, fix=fix
+            )
         if not found:
             self._refuse("no column has few enough distinct values to be a class, or numbers that are quantities", "")
         column = self._only(named or in_words or found, "", COMMON_LABELS)

@@ -20,7 +20,7 @@ from mopefuse.data.findings import Finding, finding_at
 from mopefuse.data.index import Index
 from mopefuse.data.known_labels import labels_file
 from mopefuse.data.label_cells import normalise, parse_list
-from mopefuse.data.labels_task import look_like_quantities
+from mopefuse.data.labels_task import fix_of_decimal_commas, look_like_quantities
 from mopefuse.errors import DataError
 from mopefuse.modalities.masks import SUFFIX
 from mopefuse.tasks.regression import parse_number
@@ -182,7 +182,8 @@ def _many(counts: Mapping[str, int], rows: int, causes: Iterable[SuspiciousLabel
     usual = f"to predict numbers, use --task regression, or {_COLUMN}" if 2 * numbers > len(counts) else _COLUMN
     if first.lower().endswith(SUFFIX):
         usual = f"if labels are masks, use --task segmentation, or {_COLUMN}"
-    fix = next((cause.fix for cause in causes), usual)
+    comma = fix_of_decimal_commas(counts)
+    fix = f"if labels are numbers, {comma}" if comma else next((cause.fix for cause in causes), usual)
     yield SuspiciousLabels(kind="many-labels", message=what, fix=f"{fix}; {_INTENDED}", label=first, rows=rows)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.error_codes import DataCode
+from mopefuse.core.formatting import several
 from mopefuse.data.base import Problem
 from mopefuse.data.findings import Finding, finding_at
 from mopefuse.data.index import Index
@@ -19,10 +20,12 @@ from mopefuse.data.labels import Labels
 from mopefuse.data.split_rows import Numbers
 from mopefuse.errors import DataError
 from mopefuse.modalities.base import digest
+from mopefuse.modalities.masks import SUFFIX, any_png
 from mopefuse.tasks.base import Task, get_task
 from mopefuse.tasks.regression import parse_number
 
 _CODES, _AMOUNTS = 20, 10  # numbers of distinct integers, and of other numbers, that can be classes
+_DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
 _LEADING_ZERO = re.compile(r"0\d+")  # found in codes, not in quantities
 _YEARS = 1500, 2100
 _NEARLY_ALL = 0.95  # share of distinct labels that are numbers if the others are mistakes
@@ -43,7 +46,7 @@ def infer_task(indexes: Mapping[str, Index], config: DataConfig, *, classes_are_
     """
     parts = {name: (index, index.good()) for name, index in indexes.items()}
     lists = are_lists(parts)
-    if config.task is None and parts and all(index.masks is not None for index, _ in parts.values()):
+    if config.task is None and _are_masks(parts):
         return get_task("segmentation")
     if config.task is not None:
         task = get_task(config.task)
@@ -78,11 +81,41 @@ def are_lists(parts: Mapping[str, tuple[Index, Numbers]]) -> bool:
     return True in place_of
 
 
+def _are_masks(parts: Mapping[str, tuple[Index, Numbers]]) -> bool:
+    """Whether the labels of train, or of the first split with rows, are paths of masks.
+
+    Raises:
+        DataError: they are, and those of another split are not.
+    """
+    found = [index for index, rows in parts.values() if len(rows) or len(index.labels)]
+    found.sort(key=lambda index: index.split != "train")
+    if not found or found[0].masks is None:
+        return False
+    for index in found:
+        if index.masks is None:
+            odd = next(iter(name for name in index.labels.names if not name.lower().endswith(SUFFIX)), "")
+            example = f", such as {odd!r:.60}" if odd else ""
+            what = f"the labels of {index.split} are not paths of masks, as those of {found[0].split} are{example}"
+            place = index.place(index.labels.first_rows().get(odd, 0))
+            raise DataError(DataCode.MIXED_LABELS, what, where=place, fix="write the path of a mask as each label")
+    return True
+
+
 def _are_quantities(index: Index, rows: Numbers) -> bool:
-    """Whether the labels of some rows are quantities, the same number in each row."""
+    """Whether the labels of nearly all of some rows are quantities, the same number in each."""
     lengths = np.diff(index.labels.start_S1)[rows]
-    same = len(lengths) > 0 and lengths[0] > 0 and (lengths == lengths[0]).all()
-    return bool(same) and look_like_quantities(index.labels.take(rows).counts(), len(rows))
+    usual = _most_common(lengths)
+    rows = rows[lengths == usual]
+    same = usual > 0 and len(rows) >= _NEARLY_ALL * len(lengths)
+    return same and look_like_quantities(index.labels.take(rows).counts(), len(rows))
+
+
+def _most_common(lengths: NDArray[np.int64]) -> int:
+    """The most common length; of several, that of the first row if it is among them."""
+    if not len(lengths):
+        return 0
+    counts = np.bincount(lengths)
+    return int(lengths[0]) if counts[lengths[0]] == counts.max() else int(counts.argmax())
 
 
 def look_like_quantities(labels: Collection[str], rows: int) -> bool:
@@ -108,7 +141,8 @@ def require_numbers(parts: Mapping[str, tuple[Index, Numbers]], config: DataConf
     Raises:
         DataError: a row has not; it names the first.
     """
-    count = 0
+    in_order = sorted(parts.items(), key=lambda part: part[0] != "train")
+    count = next((_most_common(np.diff(index.labels.start_S1)[rows]) for _, (index, rows) in in_order if len(rows)), 0)
     for index, rows in parts.values():
         labels = index.labels.take(rows)
         wrong = {name: rows_of for name, rows_of in labels.counts().items() if parse_number(name) is None}
@@ -117,14 +151,16 @@ def require_numbers(parts: Mapping[str, tuple[Index, Numbers]], config: DataConf
             row = int(rows[labels.first_rows()[name]])
             others = f", nor are those of {total - 1} other rows" if total > 1 else ""
             what = f"the label {name!r:.60} is not a number{others}"
-            raise DataError(DataCode.NOT_A_NUMBER, what, where=index.place(row), fix=_fix_of_odd_rows(index, config))
+            fix = _fix_of_odd_rows(index, [*wrong], config)
+            raise DataError(DataCode.NOT_A_NUMBER, what, where=index.place(row), fix=fix)
         lengths = np.diff(labels.start_S1)
-        count = count or (int(lengths[0]) if len(lengths) else 0)
         odd = np.flatnonzero(lengths != max(count, 1))
         if len(odd):
             what = f"the label is a list of length {int(lengths[odd[0]])}, and that of other rows of length {max(count, 1)}"
             place = index.place(int(rows[odd[0]]))
-            raise DataError(DataCode.NOT_A_NUMBER, what, where=place, fix="give every row the same number of numbers")
+            raise DataError(
+                DataCode.NOT_A_NUMBER, what, where=place, fix=f"write {several(max(count, 1), 'number')} in every row"
+            )
     return max(count, 1)
 
 
@@ -137,15 +173,30 @@ def _odd_rows(index: Index) -> NDArray[np.bool_]:
     return odd_S
 
 
-def _fix_of_odd_rows(index: Index, config: DataConfig) -> str:
-    """What to do about rows whose label is not a number."""
+def _fix_of_odd_rows(index: Index, wrong: Sequence[str], config: DataConfig) -> str:
+    """What to do about rows whose label is not a number.
+
+    Args:
+        wrong: these labels.
+    """
     share = _odd_rows(index).mean()
+    if fix := fix_of_decimal_commas(wrong):
+        return fix
+    if share > _NEARLY_ALL and config.task is not None:
+        of_masks = ", or use --task segmentation" if any_png(wrong[:1]) else ""
+        return f"name the column of the numbers with --label-col{of_masks}"
     if share > _MISTAKES:
-        return "use --task single-label"
+        return "use --task single-label" if config.task is None else "correct or remove the rows"
     if share <= config.max_bad_fraction:
         return "correct or remove the rows, or add --on-bad skip"
     skip = "" if config.on_bad == "skip" else "add --on-bad skip and "
     return f"correct or remove the rows, or {skip}raise data.max_bad_fraction, which is {config.max_bad_fraction:g}"
+
+
+def fix_of_decimal_commas(labels: Collection[str]) -> str:
+    """What to do if most labels are numbers with a decimal comma; empty if they are not."""
+    found = [label for label in labels if _DECIMAL_COMMA.fullmatch(label.strip())]
+    return f"write a decimal point: {found[0].strip().replace(',', '.')}" if 2 * len(found) > len(labels) else ""
 
 
 def without_bad_numbers(indexes: dict[str, Index], config: DataConfig) -> tuple[dict[str, Index], dict[str, list[Problem]]]:
@@ -185,7 +236,7 @@ def summarize_numbers(labels: Labels, config: DataConfig) -> dict[str, dict[str,
     Rows that have more or fewer numbers than most rows are not counted.
     """
     lengths = np.diff(labels.start_S1)
-    count = int(np.bincount(lengths).argmax()) if len(lengths) else 0
+    count = _most_common(lengths)
     places_ST = labels.start_S1[:-1][lengths == count][:, None] + np.arange(count)
     summaries: dict[str, dict[str, float]] = {}
     for name, value_S in zip(target_names(config, count), _values(labels)[labels.code_Z][places_ST].T, strict=True):
