@@ -56,10 +56,17 @@ def test_every_kind_of_finding_has_a_test_case(broken: Path) -> None:
     elsewhere |= {"bad-csv", "bad-split-name", "slow-image", "bad-row", "label-not-a-number"}
     elsewhere |= {"missing-file", "unreadable-file", "leaked-file", "leaked-value", "missing-value", "nothing"}
     elsewhere |= {"list-label", "many-labels", "joined-labels", "label-variants", "misspelt-label"}  # test_label_check.py
+    elsewhere |= {"mixed-currencies"}  # test_values_data.py
     elsewhere |= {"numeric-labels", "rare-labels", "placeholder-label"}
     elsewhere |= {"missing-mask", "unreadable-mask", "unlisted-class", "mask-of-other-shape"}  # test_segmentation.py
     elsewhere |= {"unintended-ids", "unused-class-ids"}  # test_mask_data.py
     assert {row[0] for row in BROKEN} | elsewhere == KINDS.keys()
+
+
+def test_a_split_whose_rows_are_all_bad_is_not_called_empty(tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text("title,photo,label\n" + "a shoe,a.png,shoe\n" * 20)
+    done = call("data", "check", tmp_path / "items.csv", "--val-fraction", "0.2", "--json")
+    assert stdout_json(done)["kinds"] == {"missing-column": 20, "missing-test": 1}
 
 
 def test_the_error_is_one_line_on_stderr_after_the_report(broken: Path) -> None:
@@ -223,7 +230,7 @@ def test_a_missing_data_set_is_the_usual_error(tmp_path: Path) -> None:
         (line("x", label=[""]), "empty-label"),
         (line("\ud800"), "half-character"),
         (line("t1"), "duplicate-id"),
-        (line("it's \\ \"odd\"") + "\n" + line("it's \\ \"odd\""), "duplicate-id"),
+        (line('it\'s \\ "odd"') + "\n" + line('it\'s \\ "odd"'), "duplicate-id"),
     ],
 )
 def test_a_bad_row_is_classified_by_kind(tmp_path: Path, bad: str | bytes, kind: str) -> None:
@@ -234,7 +241,7 @@ def test_a_bad_row_is_classified_by_kind(tmp_path: Path, bad: str | bytes, kind:
 
 
 def test_a_repeated_id_is_reported_verbatim(tmp_path: Path) -> None:
-    odd = "it's \\ \"odd\""
+    odd = 'it\'s \\ "odd"'
     write(tmp_path / "train.jsonl", line(odd), line(odd))
     assert [finding.id for finding in report(tmp_path).findings if finding.kind == "duplicate-id"] == [odd]
 

@@ -58,6 +58,16 @@ def test_a_decimal_comma_is_named(tmp_path: Path) -> None:
     assert error.value.fix == "write a decimal point: 07.10"
 
 
+def test_amounts_in_several_currencies_are_a_warning(tmp_path: Path) -> None:
+    config = table(tmp_path, [f"{'$' if number % 9 else '€'}{number + 1}.25" for number in range(40)])
+    wanted = "numbers are in several currencies, and are not converted: $ (35 rows) and € (5 rows)"
+    assert wanted in "".join(load_data(config).notices)
+    (finding,) = (finding for finding in check(config).findings if finding.kind == "mixed-currencies")
+    assert (finding.message, finding.where, finding.severity) == (wanted, "train.jsonl:1", "warning")
+    one = load_data(table(tmp_path / "one", [f"${number + 1}.25" for number in range(40)]))
+    assert "currencies" not in "".join(one.notices)
+
+
 def test_one_shorter_list_does_not_make_numbers_classes(tmp_path: Path) -> None:
     labels: list[Any] = [[0.5], *([row * 1.37, row / 7] for row in range(40))]
     with pytest.raises(MopefuseError, match="length 1, and that of other rows of length 2") as error:

@@ -179,7 +179,8 @@ def check(
     found += _row_and_file_findings(indexes, reading.roots)
     found += [*text_findings, *label_findings]
     found += [*cross_row_checks.shared_ids(indexes), *(finding for _, _, finding in leaks)]
-    found += refused if not any(finding.kind in _NO_ROWS for finding in found) else []
+    all_bad = any(_bad_rows(index) and not len(index.good()) for index in indexes.values())
+    found += refused if not (all_bad or any(finding.kind in _NO_ROWS for finding in found)) else []
     return Report(
         config=config,
         roots=reading.roots,

@@ -82,6 +82,7 @@ KINDS = {  # in the order of the report
     "misspelt-label": Kind("warning", "correct the label if it is misspelt"),
     "placeholder-label": Kind("warning", "if it stands for a missing label, remove the rows"),
     "label-not-a-number": Kind("error", "correct or remove the row, or use --task single-label"),
+    "mixed-currencies": Kind("warning", "convert the amounts to one currency"),
     "numeric-labels": Kind("warning", "if they are quantities, specify the label column with --label-col"),
     "rare-labels": Kind("warning", "merge or remove rare classes, or choose a different column with --label-col"),
     "missing-value": Kind("warning", "nothing, if the value is optional"),

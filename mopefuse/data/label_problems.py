@@ -11,7 +11,14 @@ from mopefuse.data.cross_row_checks import Indexes
 from mopefuse.data.findings import Finding, finding_of
 from mopefuse.data.known_labels import labels_file
 from mopefuse.data.label_check import locate_suspicious_labels
-from mopefuse.data.labels_task import constant_numbers, infer_task, odd_numbers, require_numbers, summarize_numbers
+from mopefuse.data.labels_task import (
+    constant_numbers,
+    infer_task,
+    mixed_currencies,
+    odd_numbers,
+    require_numbers,
+    summarize_numbers,
+)
 from mopefuse.data.masks import find_mask_problems
 from mopefuse.errors import DataError
 from mopefuse.tasks.base import Task, get_task
@@ -33,7 +40,9 @@ def find_label_problems(indexes: Indexes, root: Path, config: DataConfig, task: 
         return find_mask_problems(indexes, root, config)
     if task.label_kind == "number":
         found = list(odd_numbers(indexes)) or _uneven(indexes, config)
-        return (), found + (list(constant_numbers(indexes["train"], config)) if "train" in indexes else [])
+        if "train" in indexes:
+            found += [*constant_numbers(indexes["train"], config), *mixed_currencies(indexes["train"])]
+        return (), found
     labels, found = cross_row_checks.find_labels(indexes, root, config)
     if "train" in indexes:
         found += locate_suspicious_labels(indexes["train"], root, config)

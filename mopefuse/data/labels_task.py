@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from unicodedata import category
 
 import numpy as np
 from numpy.typing import NDArray
@@ -255,6 +257,22 @@ def constant_numbers(train: Index, config: DataConfig) -> Iterator[Finding]:
             message, code = f"{name} is {found['lowest']:g} in all rows, so there is nothing to learn", DataCode.ONE_CLASS.text
             hint = "specify the label column with --label-col"
             yield Finding(kind="one-class", split="train", where=train.file, message=message, hint=hint, code=code)
+
+
+def mixed_currencies(train: Index) -> Iterator[Finding]:
+    """Yield a finding if numbers have several currencies, at the first row with the rarest; amounts are not converted."""
+    first_of: dict[str, str] = {}  # the first label with each sign
+    rows_of: Counter[str] = Counter()
+    for label, rows in train.labels.counts().items():
+        for sign in {character for character in label if category(character) == "Sc"}:
+            first_of.setdefault(sign, label)
+            rows_of[sign] += rows
+    if len(rows_of) > 1:
+        listed = " and ".join(f"{sign} ({several(rows, 'row')})" for sign, rows in rows_of.most_common())
+        rarest = rows_of.most_common()[-1][0]
+        row = train.labels.first_rows()[first_of[rarest]]
+        message = f"numbers are in several currencies, and are not converted: {listed}"
+        yield finding_at(train, row, "mixed-currencies", message, rows=rows_of[rarest])
 
 
 def _values(labels: Labels) -> NDArray[np.float64]:

@@ -19,7 +19,14 @@ from mopefuse.data.findings import lacking_message, left_out_message
 from mopefuse.data.index import Index
 from mopefuse.data.index_build import Advance, build
 from mopefuse.data.known_labels import known_labels, labels_file
-from mopefuse.data.labels_task import infer_task, pair_labels, require_numbers, target_names, without_bad_numbers
+from mopefuse.data.labels_task import (
+    infer_task,
+    mixed_currencies,
+    pair_labels,
+    require_numbers,
+    target_names,
+    without_bad_numbers,
+)
 from mopefuse.data.leaks import find_leaks
 from mopefuse.data.masks import find_classes, mask_notices
 from mopefuse.data.repeated_rows import notice_contradictions
@@ -64,12 +71,14 @@ def load_data(
     contradictions = notice_contradictions(indexes.values()) if checked else []
     parts = divide_rows(indexes, path, config, require, task=task)
     splits = {name: _split(name, index, rows, skipped.get(name, ()), config) for name, (index, rows) in parts.items()}
-    of_masks: tuple[str, ...] = ()
+    of_labels: tuple[str, ...] = ()
     if task.label_kind == "mask":
         task, labels = find_classes(parts, roots[0], config)
-        of_masks = mask_notices(parts, task, labels, roots[0], config)
+        of_labels = mask_notices(parts, task, labels, roots[0], config)
     elif task.label_kind == "number":
         labels = target_names(config, require_numbers(parts, config))
+        mixed = mixed_currencies(indexes["train"]) if training else ()
+        of_labels = tuple(f"{finding.where}: {finding.message}; {finding.fix}" for finding in mixed)
     elif task.label_kind == "pair":
         labels = task.ways
     else:
@@ -80,7 +89,7 @@ def load_data(
         labels=labels,
         task=task,
         image_roots=roots,
-        notices=(*_notices(splits, indexes, config), *label_check.notices(label_warnings), *contradictions, *of_masks),
+        notices=(*_notices(splits, indexes, config), *label_check.notices(label_warnings), *contradictions, *of_labels),
     )
 
 
