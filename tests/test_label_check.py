@@ -286,6 +286,12 @@ def test_a_column_of_prices_is_refused_as_classes_unless_it_is_allowed(tmp_path:
     assert "task: single-label, one of 40 labels" in done.stderr
 
 
+def test_a_labels_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    done = train(table(tmp_path / "data", ["a", "b"] * 20), tmp_path / "run", "--labels", tmp_path / "none.txt")
+    assert done.returncode == 4, done.stderr
+    assert f"file not found: {tmp_path / 'none.txt'} · --labels · fix: pass the path of a file" in done.stderr
+
+
 def test_check_and_train_warn_about_spellings_and_misspellings(tmp_path: Path) -> None:
     labels = ["Watches"] * 12 + ["watches", "Watches ", "Wacthes"] + ["Bags"] * 5
     path = table(tmp_path / "data", labels)

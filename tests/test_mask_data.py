@@ -160,8 +160,10 @@ def test_settings_and_notices_are_in_the_words_of_masks(tmp_path: Path) -> None:
     train = ("train", *SPECS, "--data", folder, "--out", tmp_path / "run", "--epochs", "1", "--batch", "8", "--experts", "2")
     done = call(*train, "--warm-start", "linear")
     assert done.returncode == 3 and "· --warm-start · fix: remove --warm-start" in done.stderr, done.stderr
-    done = call(*train, "--threshold", "tuned")
+    done = call(*train, "--threshold", "tuned", "--layers", "last:3", "--cache-prefix", "on")
     assert "--threshold tuned has no effect: labels are masks" in done.stderr, done.stderr
+    assert "train: 1 distinct text encoded once by" in done.stderr, "all texts are the same"
+    assert "the first of 4 layers of" in done.stderr and "for 12 distinct images" in done.stderr
     assert "test: 1 class has no pixel; mean IoU is averaged over the others" in done.stderr
 
 

@@ -251,6 +251,23 @@ def test_what_is_wrong_with_a_gallery_is_said(run: Path, pairs: Path, tmp_path: 
     assert "MF-CFG-413" in call("predict", run, test, "--gallery", test).stderr
     assert "MF-DATA-03" in call("predict", run, test, "--gallery", bad, "--gallery-of", "text").stderr
     assert "MF-CFG-66" in call("predict", run, test, "--gallery", tmp_path / "none.csv").stderr
+    empty, other = tmp_path / "empty.jsonl", tmp_path / "other.csv"
+    empty.write_text("")
+    other.write_text("id,title\na,red\n")
+    for gallery, of, found in (
+        (test, "audio", "the model reads image and text, not audio · --gallery-of · fix: use image or text"),
+        (test, "text", "the query is of the modality text, and only another one can be ranked for it · --gallery-of · "),
+        (empty, "image", f"the gallery has no rows · {empty} · fix: add at least one row"),
+        (
+            other,
+            "image",
+            f"the gallery has no column img (image); its columns: id, title · {other} · fix: name its column with ",
+        ),
+    ):
+        done = call("predict", run, "--text", "x", "--gallery", gallery, "--gallery-of", of)
+        assert found in done.stderr, done.stderr
+    done = call("predict", run, "--image", next((pairs / "images").rglob("*.png")), "--gallery", other)
+    assert "no column text (text); its columns: id, title" in done.stderr and "did you mean --text-col title?" in done.stderr
     assert "MF-CFG-152" in call("eval", run, "--missing", "text=0.5").stderr
     assert "MF-CFG-403" in call("fit", pairs, "--task", "retrieval", "--out", tmp_path / "fit").stderr
     assert "MF-CFG-100" in call("swap-encoder", run, "--comp", "tiny:text", "-o", tmp_path / "new").stderr

@@ -50,6 +50,8 @@ def test_r2_and_correlations_are_decimals_and_shares_are_in_per_cent() -> None:
     assert [write_metric(name, 0.9412) for name in ("r2", "spearman", "accuracy")] == ["0.941", "0.941", "94.1 %"]
     assert [write_metric(name, 0.9412) for name in ("mae", "rmse_sd", "interval_coverage")] == ["0.9412", "0.9412", "94.1 %"]
     assert [write_number(name, 0.5, signed=True) for name in ("r2", "accuracy", "mae")] == ["+0.500", "+50.0", "+0.5"]
+    nothing = [write_number(name, value, signed=True) for name in ("r2", "accuracy") for value in (-1e-9, 1e-9)]
+    assert nothing == ["0.000", "0.000", "0.0", "0.0"], "no negative zero"
     assert [write_change(name, -0.5) for name in ("r2", "accuracy")] == ["-0.500", "-50.0 points"]
 
 

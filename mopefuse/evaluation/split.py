@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mopefuse.config.schema import RunConfig
 from mopefuse.core import distributed
-from mopefuse.core.formatting import size
+from mopefuse.core.formatting import several, size
 from mopefuse.data.base import DataSet
 from mopefuse.data.collate import FeatureTable, Samples
 from mopefuse.data.feature_cache import split_features
@@ -132,7 +132,8 @@ def _cached_features(
             tokens[side] = found
             notice(f"{split}: output tokens of {encoder.spec} take {size(found.size)}, {found.origin}")
         features[side] = pooled = split_features(encoder, data, split, config, device, advance=advance)
-        what = f"{pooled.different:,} distinct {get_modality(encoder.modality).plural}"
+        modality = encoder.modality
+        what = several(pooled.different, f"distinct {modality}", f"distinct {get_modality(modality).plural}")
         notice(f"{split}: {what} encoded once by {encoder.spec}, {pooled.origin}")
     return {"features": features, "tokens": tokens}
 

@@ -7,7 +7,7 @@ Shapes: B queries, G rows of the gallery, E numbers of an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from mopefuse.core.artifact import dump_json, read_json
 from mopefuse.core.atomic_files import write_atomically
 from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.core.formatting import several
-from mopefuse.data.columns import get_column
+from mopefuse.data.columns import Layout, flag_for, get_column
 from mopefuse.data.index_build import build
 from mopefuse.data.tables import columns_in, find_tables
 from mopefuse.errors import ConfigError, DataError
@@ -70,26 +70,39 @@ def choose_modalities(
         named: the modality of the gallery, if the user names it.
 
     Raises:
-        ConfigError: there are no such two, or more than one choice.
+        ConfigError: there are no such two, or more than one choice. DataError: the gallery has no rows.
     """
+    if named is not None and named not in model.modalities:
+        what, fix = f"the model reads {' and '.join(model.modalities)}, not {named}", f"use {' or '.join(model.modalities)}"
+        raise ConfigError(ConfigCode.GALLERY_UNCLEAR, what, where="--gallery-of", fix=fix)
+    if {*queries} == {named}:
+        what, fix = f"the query is of the modality {named}, and only another one can be ranked for it", "remove --gallery-of"
+        raise ConfigError(ConfigCode.GALLERY_UNCLEAR, what, where="--gallery-of", fix=fix)
     table = find_tables(gallery, config)[""]
+    first = next((row.value for row in table.rows()), None)
+    if first is None:
+        raise DataError(DataCode.EMPTY_SPLIT, "the gallery has no rows", where=str(gallery), fix="add at least one row")
     columns = {name: get_column(name, config) for name in model.modalities}
     present = columns_in(table, {*columns.values()})
-    possible = [
-        (query, other)
-        for query in queries
-        for other, column in columns.items()
-        if query != other and column in present and named in (None, other)
-    ]
+    wanted = [name for name in columns if named in (None, name) and any(query != name for query in queries)]
+    possible = [(query, name) for query in queries for name in wanted if query != name and columns[name] in present]
     if len(possible) == 1:
         return possible[0]
     if possible:
         both, fix = "queries and gallery have the same modalities", f"add --gallery-of {' or '.join(model.modalities)}"
         raise ConfigError(ConfigCode.GALLERY_UNCLEAR, both, where="--gallery", fix=fix)
-    found = " and ".join(sorted(present)) or "no column of the model"
-    what = f"queries have {' and '.join(queries)}, and the gallery has {found}"
-    fix = "pass queries of one modality and a gallery of the other; name its column with --text-col or --image-col"
-    raise ConfigError(ConfigCode.GALLERY_UNCLEAR, what, where="--gallery", fix=fix)
+    raise _no_column(wanted, columns, gallery, first if isinstance(first, dict) else {}, config)
+
+
+def _no_column(
+    wanted: Sequence[str], columns: Mapping[str, str], gallery: Path, row: Mapping[str, Any], config: DataConfig
+) -> ConfigError:
+    """The error for a gallery without a column of the modalities that can be ranked."""
+    of_each = " or ".join(f"{columns[name]} ({name})" for name in wanted)
+    what = f"the gallery has no column {of_each}; its columns: {', '.join(map(str, row)) or 'none'}"
+    flags = Layout.from_config([*columns], config).suggest_flags(wanted, False, row)
+    fix = f"did you mean {flags[0]}?" if flags else f"name its column with {flag_for(wanted[0], 'NAME')}"
+    return ConfigError(ConfigCode.GALLERY_UNCLEAR, what, where=str(gallery), fix=fix)
 
 
 def query_modalities(source: Path, model: Embedder, config: DataConfig) -> list[str]:

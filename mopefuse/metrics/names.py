@@ -37,8 +37,10 @@ def write_number(name: str, value: float, *, signed: bool = False) -> str:
     """Format a metric, or with `signed` a difference of it, for tables that give the unit elsewhere."""
     sign = "+" if signed else ""
     if in_per_cent(name):
-        return f"{100 * value:{sign}.1f}"
-    return f"{value:{sign}.3f}" if name in DECIMALS else f"{value:{sign}.4g}"
+        text = f"{100 * value:{sign}.1f}"
+    else:
+        text = f"{value:{sign}.3f}" if name in DECIMALS else f"{value:{sign}.4g}"
+    return text.lstrip("-+") if float(text) == 0 else text
 
 
 def write_change(name: str, value: float, *, signed: bool = True) -> str:

@@ -10,7 +10,7 @@ import torch
 from mopefuse.config.schema import RunConfig
 from mopefuse.core import cache, distributed
 from mopefuse.core.error_codes import ConfigCode, NumericCode, ResourceCode
-from mopefuse.core.formatting import size
+from mopefuse.core.formatting import several, size
 from mopefuse.data.base import DataSet
 from mopefuse.data.prefix_cache import Prefixes, estimate_prefixes, split_prefixes
 from mopefuse.errors import ConfigError, MopefuseError, ResourceError
@@ -114,8 +114,10 @@ def _compute(model: Fusion, data: DataSet, config: RunConfig, device: torch.devi
                 encoder, layer, data, split, config, device, pooled=pooled, tokens=tokens, advance=advance
             )
             tables[split][side] = found
-            what = f"the first {layer} of {len(encoder.widths)} layers of {encoder.spec} ran once"
-            how_many = f"{found.different:,} distinct {get_modality(encoder.modality).plural}"
+            first = "the first" if layer == 1 else f"the first {layer}"
+            what = f"{first} of {len(encoder.widths)} layers of {encoder.spec} ran once"
+            modality = encoder.modality
+            how_many = several(found.different, f"distinct {modality}", f"distinct {get_modality(modality).plural}")
             where = f"{size(found.size)} in {config.data.prefix_precision}, {found.origin} (--cache-prefix)"
             listener.on_notice(f"{split}: {what} for {how_many}, {where}")
     return tables
