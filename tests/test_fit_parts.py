@@ -325,6 +325,7 @@ def test_the_longest_text_is_used_and_a_split_column_recognised(tmp_path: Path) 
     table = write_table(tmp_path, {**texts, "shot": PHOTOS, "kind": KINDS, "part": ["train", "train", "test"]})
     found = guess(table)
     assert (found["text_col"], found["split_col"]) == ("long", "part")
+    assert "text: column long (the longest; --text-col NAME selects another)" in guess_columns(Data(path=str(table))).reasons
     config, lines = choose_data(table, {})
     assert config.val_fraction == 0.1 and config.test_fraction is None and any("val: 10 %" in line for line in lines)
 

@@ -431,8 +431,9 @@ def test_swapping_an_encoder_keeps_the_task(run: Path, tmp_path: Path) -> None:
 
 
 def test_fit_chooses_a_regression(prices: Path, tmp_path: Path) -> None:
-    done = call("fit", prices, *SPECS[:4], "--budget", "20s", "--out", tmp_path / "fit", "--json")
+    done = call("fit", prices, *SPECS[:4], "--budget", "20s", "--out", tmp_path / "fit")
     assert done.returncode == 0, done.stderr
+    assert "training " in done.stderr and "{linear}" not in done.stderr + done.stdout
     assert "calibration_error" not in done.stdout and "ridge" in (tmp_path / "fit" / "leaderboard.md").read_text()
     predicted = call("predict", tmp_path / "fit", prices)
     assert predicted.returncode == 0 and "value" in json.loads(predicted.stdout.splitlines()[0])
