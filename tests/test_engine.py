@@ -63,7 +63,7 @@ def test_models_come_and_go(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "experts", tmp_path / "second")
     (tmp_path / "second").rename(served / "second")
     assert isinstance(engine.predict([Request("second", request.values)])[0], dict), "found at once, without a restart"
-    held = engine._residents.get(engine.catalogue.find("first"))
+    held = engine._models.get(engine.catalogue.find("first"))
     shutil.rmtree(served / "first")
     engine.catalogue._scanned = 0.0
     (gone,) = engine.predict([request])

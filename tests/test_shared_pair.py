@@ -143,7 +143,7 @@ def test_one_forward_pass_for_many_runs_equals_each_alone(folder: Path, cache_mb
 def test_runs_that_can_share_do(folder: Path) -> None:
     engine = Engine(EngineSettings(adapters=str(folder)))
     engine.predict(samples([*SHARED, *ALONE], each=1))
-    residents = {name: engine._residents.get(engine.catalogue.find(name)) for name in (*SHARED, *ALONE)}
+    residents = {name: engine._models.get(engine.catalogue.find(name)) for name in (*SHARED, *ALONE)}
     shared = {residents[name].executor for name in SHARED}
     assert len(shared) == 1 and isinstance(next(iter(shared)), SharedPair)
     assert all(isinstance(residents[name].executor, Alone) for name in ALONE)
@@ -156,7 +156,7 @@ def test_one_forward_pass_serves_a_mixed_batch(folder: Path, monkeypatch: pytest
     engine = Engine(EngineSettings(adapters=str(folder)))
     gated = [name for name in SHARED if not name.startswith("joint-softmax")]
     engine.predict(samples(gated, each=1))
-    residents = [engine._residents.get(engine.catalogue.find(name)) for name in gated]
+    residents = [engine._models.get(engine.catalogue.find(name)) for name in gated]
     main = residents[0].executor.encoders["main"]  # type: ignore[attr-defined]
     calls: list[str] = []
     encode = type(main)._encode

@@ -40,26 +40,31 @@ Prediction = dict[str, Any]
 
 
 class ModelFacts(Protocol):
-    """What describes a trained model, besides its weights.
-
-    Attributes:
-        labels: in the order of the logits. thresholds: probability from which each label is predicted (multi-label).
-        modalities: the modalities that its encoders read. optional_modalities: those of them that it can predict without.
-        empty_is_missing: whether empty texts counted as missing in its training.
-    """
+    """What describes a trained model, besides its weights."""
 
     @property
-    def labels(self) -> tuple[str, ...]: ...
+    def labels(self) -> tuple[str, ...]:
+        """In the order of the logits."""
+
     @property
-    def task(self) -> Task: ...
+    def task(self) -> Task:
+        """What a label is."""
+
     @property
-    def thresholds(self) -> Sequence[float]: ...
+    def thresholds(self) -> Sequence[float]:
+        """Probability from which each label is predicted (multi-label)."""
+
     @property
-    def modalities(self) -> tuple[str, ...]: ...
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that its encoders read."""
+
     @property
-    def optional_modalities(self) -> tuple[str, ...]: ...
+    def optional_modalities(self) -> tuple[str, ...]:
+        """Those of them that it can predict without."""
+
     @property
-    def empty_is_missing(self) -> bool: ...
+    def empty_is_missing(self) -> bool:
+        """Whether empty texts counted as missing in its training."""
 
 
 class Model(ModelFacts, Protocol):

@@ -26,8 +26,9 @@ from mopefuse.modalities import base as modality
 from mopefuse.modalities.files import Files
 from mopefuse.modalities.image import MAX_PIXELS
 from mopefuse.serving.catalogue import Catalogue, Entry
+from mopefuse.serving.model_cache import ModelCache
 from mopefuse.serving.request import Answer, Request
-from mopefuse.serving.resident import Executor, Outcome, Resident, Residents, Value, Values
+from mopefuse.serving.resident import Executor, Outcome, Resident, Value, Values
 
 _LOG = logging.getLogger(__name__)
 _OUT_OF_MEMORY = (ResourceCode.GPU_MEMORY, ResourceCode.HOST_MEMORY)
@@ -73,7 +74,7 @@ class Engine:
         self.settings, self.catalogue = settings, settings.catalogue()
         self._data = Data(max_pixels=settings.max_pixels)
         self._failed = 0
-        self._residents = Residents(settings.device, settings.threads, settings.resident, settings.cache_mb * 2**20)
+        self._models = ModelCache(settings.device, settings.threads, settings.resident, settings.cache_mb * 2**20)
 
     def load(self) -> None:
         """Load the models that were named one by one, so that the first request does not wait for it.
@@ -82,11 +83,11 @@ class Engine:
             MopefuseError: one of them cannot be loaded.
         """
         for entry in self.catalogue.named():
-            self._residents.get(entry)
+            self._models.get(entry)
 
     def stats(self) -> dict[str, int]:
         """Counts for monitoring: resident models, loads, batches that failed as a whole, and the cache of features."""
-        return {**self._residents.stats(), "batches_failed": self._failed}
+        return {**self._models.stats(), "batches_failed": self._failed}
 
     def predict(self, requests: Sequence[Request]) -> list[Answer]:
         """The answer to each request, in their order; an error is an answer as well and is never raised."""
@@ -128,7 +129,7 @@ class Engine:
     def _resident(self, request: Request) -> Resident:
         entry = self.catalogue.find(request.model)
         try:
-            return self._residents.get(entry)
+            return self._models.get(entry)
         except MopefuseError:
             if self._is_gone(entry):  # its folder was removed while it was being loaded
                 self.catalogue.find(request.model)
