@@ -14,14 +14,14 @@ from serving_cases import PATIENCE
 from test_shared_pair import randomised
 
 import mopefuse
-from mopefuse.serving.app import create_app
-from mopefuse.serving.batching import Served
-from mopefuse.serving.catalogue import Catalogue
-from mopefuse.serving.engine import Engine, EngineSettings
-from mopefuse.serving.middleware import Record
-from mopefuse.serving.request import Request
+from mopefuse.serving.engine.catalogue import Catalogue
+from mopefuse.serving.engine.engine import Engine, EngineSettings
+from mopefuse.serving.engine.request import Request
+from mopefuse.serving.http.app import create_app
+from mopefuse.serving.http.middleware import Record
 from mopefuse.serving.server import listen
 from mopefuse.serving.server_settings import ServerSettings
+from mopefuse.serving.workers.batching import Served
 from mopefuse.tasks.regression import Regression
 from mopefuse.tasks.retrieval import Retrieval
 from mopefuse.tasks.segmentation import Segmentation

@@ -27,7 +27,7 @@ from PIL import Image
 
 from mopefuse.core.error_codes import ResourceCode
 from mopefuse.errors import MopefuseError, ResourceError
-from mopefuse.serving.request import Answer, Request
+from mopefuse.serving.engine.request import Answer, Request
 
 WORKER = (sys.executable, __file__)
 PATIENCE = 60.0
@@ -161,7 +161,7 @@ def fake_server(model: Path, key: str = "", **settings: Any) -> Iterator[Running
 
 
 def serve_with_fake_engine(model: str, settings: dict[str, Any]) -> None:
-    from mopefuse.serving.engine import EngineSettings
+    from mopefuse.serving.engine.engine import EngineSettings
     from mopefuse.serving.server import serve
     from mopefuse.serving.server_settings import ServerSettings
 
@@ -178,6 +178,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve_with_fake_engine(sys.argv[2], json.loads(sys.argv[3]))
     else:
-        from mopefuse.serving.worker import serve as serve_worker
+        from mopefuse.serving.workers.worker import serve as serve_worker
 
         serve_worker(socket.socket(fileno=int(sys.argv[1])), FakeEngine)

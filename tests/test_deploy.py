@@ -17,7 +17,7 @@ import yaml
 from conftest import run_cli
 from serving_cases import encoded, png, running
 
-from mopefuse.serving.middleware import OPEN_PATHS
+from mopefuse.serving.http.middleware import OPEN_PATHS
 from mopefuse.serving.ray_settings import read_settings
 
 if sys.version_info >= (3, 11):

@@ -17,13 +17,13 @@ from test_shared_pair import SHARED, assert_equal, expected, picture, randomised
 import mopefuse
 from mopefuse.errors import MopefuseError, RequestError, ResourceError
 from mopefuse.fusion.conditional import ConditionalFusion
-from mopefuse.serving.adapter_weights import take_weights
-from mopefuse.serving.catalogue import Catalogue
-from mopefuse.serving.content_cache import ContentCache
-from mopefuse.serving.engine import Engine, EngineSettings
-from mopefuse.serving.request import Request
-from mopefuse.serving.resident import Facts, Resident, Value
-from mopefuse.serving.shared_pair import SharedPair
+from mopefuse.serving.engine.adapter_weights import take_weights
+from mopefuse.serving.engine.catalogue import Catalogue
+from mopefuse.serving.engine.content_cache import ContentCache
+from mopefuse.serving.engine.engine import Engine, EngineSettings
+from mopefuse.serving.engine.request import Request
+from mopefuse.serving.engine.resident import Facts, Resident, Value
+from mopefuse.serving.engine.shared_pair import SharedPair
 
 NAMES = ("default", "experts", "no-film", "reader", "absent")
 

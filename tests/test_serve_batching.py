@@ -18,10 +18,10 @@ from serving_cases import WORKER, wait_for
 
 from mopefuse.core.error_codes import RequestCode, ResourceCode
 from mopefuse.errors import ConfigError, DataError, MopefuseError, RequestError
-from mopefuse.serving import frames
-from mopefuse.serving.batching import Batcher, Pending, Served
-from mopefuse.serving.request import Request
-from mopefuse.serving.worker_pool import WorkerPool
+from mopefuse.serving.engine.request import Request
+from mopefuse.serving.workers import frames
+from mopefuse.serving.workers.batching import Batcher, Pending, Served
+from mopefuse.serving.workers.worker_pool import WorkerPool
 
 
 def ask(text: str) -> Request:

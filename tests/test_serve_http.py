@@ -19,12 +19,12 @@ from serving_cases import encoded, png
 
 from mopefuse.core.error_codes import DataCode, RequestCode, ResourceCode
 from mopefuse.errors import CheckpointError, DataError, MopefuseError, ResourceError
-from mopefuse.serving.app import create_app
-from mopefuse.serving.batching import Served
-from mopefuse.serving.catalogue import Catalogue
-from mopefuse.serving.middleware import Record, log_line
-from mopefuse.serving.request import Answer, Request
+from mopefuse.serving.engine.catalogue import Catalogue
+from mopefuse.serving.engine.request import Answer, Request
+from mopefuse.serving.http.app import create_app
+from mopefuse.serving.http.middleware import Record, log_line
 from mopefuse.serving.server_settings import ServerSettings
+from mopefuse.serving.workers.batching import Served
 
 
 class Recorder:

@@ -21,13 +21,13 @@ from serving_cases import encoded, png, wait_for
 from test_shared_pair import SHARED, assert_equal, expected, samples, save
 
 from mopefuse.errors import ConfigError, MopefuseError, PackageError, RequestError
-from mopefuse.serving.app import create_app
-from mopefuse.serving.batching import Served
-from mopefuse.serving.engine import Engine, EngineSettings
+from mopefuse.serving.engine.engine import Engine, EngineSettings
+from mopefuse.serving.engine.request import Request
+from mopefuse.serving.http.app import create_app
 from mopefuse.serving.ray import app, build
 from mopefuse.serving.ray_settings import read_settings
-from mopefuse.serving.request import Request
 from mopefuse.serving.server_settings import ServerSettings
+from mopefuse.serving.workers.batching import Served
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # those of Ray
 # Ray reads these when it is imported

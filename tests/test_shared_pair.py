@@ -16,12 +16,12 @@ from PIL import Image
 import mopefuse
 from mopefuse.errors import MopefuseError
 from mopefuse.fusion.base import Fusion
-from mopefuse.serving import grouped
-from mopefuse.serving.adapter_weights import can_share
-from mopefuse.serving.engine import Engine, EngineSettings
-from mopefuse.serving.request import Request
-from mopefuse.serving.resident import Alone
-from mopefuse.serving.shared_pair import SharedPair
+from mopefuse.serving.engine import grouped
+from mopefuse.serving.engine.adapter_weights import can_share
+from mopefuse.serving.engine.engine import Engine, EngineSettings
+from mopefuse.serving.engine.request import Request
+from mopefuse.serving.engine.resident import Alone
+from mopefuse.serving.engine.shared_pair import SharedPair
 
 VISION, TEXT = "tiny:vision", "tiny:text"
 SHARED: dict[str, dict[str, Any]] = {  # names of adapters, and how they differ from the defaults

@@ -22,7 +22,7 @@ from test_shared_pair import randomised
 
 import mopefuse
 from mopefuse.report import pages
-from mopefuse.serving.try_page import try_page
+from mopefuse.serving.http.try_page import try_page
 
 TEXT = "read the green digit\nor 'another' \"one\" & $HOME"
 MODELS = ("single", "several", "number", "numbers", "mask", "pair")

@@ -1,4 +1,4 @@
-"""Options of ``mopefuse serve``; see `mopefuse.serving.server_settings` and `mopefuse.serving.engine` for their defaults."""
+"""Options of ``mopefuse serve``; `mopefuse.serving.server_settings` and `mopefuse.serving.engine.engine` have defaults."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def serve(
     _check(adapters, log_format)
     from mopefuse.modalities.files import processor_count
     from mopefuse.modalities.image import MAX_PIXELS
-    from mopefuse.serving.engine import EngineSettings
+    from mopefuse.serving.engine.engine import EngineSettings
     from mopefuse.serving.server import serve as run_server
     from mopefuse.serving.server_settings import ServerSettings
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mopefuse.core.dependencies import require
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.errors import ConfigError, MopefuseError
-from mopefuse.serving.engine import EngineSettings
+from mopefuse.serving.engine.engine import EngineSettings
 from mopefuse.serving.ray_settings import QUIET, RaySettings, read_settings
 from mopefuse.serving.server_settings import ServerSettings
 
@@ -71,7 +71,7 @@ def _app_creator(engine: EngineSettings, server: ServerSettings) -> Callable[[],
     def create() -> Any:
         from ray import serve
 
-        from mopefuse.serving.app import create_app
+        from mopefuse.serving.http.app import create_app
         from mopefuse.serving.ray_replicas import RayPredictor
 
         handle: Any = serve.get_deployment_handle(_MODELS, serve.get_replica_context().app_name)

@@ -20,10 +20,10 @@ from ray.serve.handle import DeploymentHandle
 
 from mopefuse.core.error_codes import RequestCode
 from mopefuse.errors import MopefuseError, RequestError
-from mopefuse.serving import frames
-from mopefuse.serving.batching import Served
-from mopefuse.serving.engine import Engine, EngineSettings
-from mopefuse.serving.request import Request
+from mopefuse.serving.engine.engine import Engine, EngineSettings
+from mopefuse.serving.engine.request import Request
+from mopefuse.serving.workers import frames
+from mopefuse.serving.workers.batching import Served
 
 _TRIES = 3  # replicas that may die with one call, as with the workers of `mopefuse serve`
 _PAUSE = 0.2  # seconds before the second try, for Ray to notice that the replica died
@@ -35,7 +35,7 @@ class Reply(NamedTuple):
     """What a replica returns for a call.
 
     Attributes:
-        answers: see `mopefuse.serving.frames.answer_to_json`. batch: rows of the batch. seconds: time to compute it.
+        answers: see `mopefuse.serving.workers.frames.answer_to_json`. batch: rows of the batch. seconds: time to compute it.
         is_first: whether this is the first call of its batch.
     """
 
@@ -94,7 +94,7 @@ class Replica:
 
 
 class RayPredictor:
-    """Sends requests to replicas; see `mopefuse.serving.batching.Predictor`.
+    """Sends requests to replicas; see `mopefuse.serving.workers.batching.Predictor`.
 
     Args:
         replicas: the deployment. max_batch: rows of one call. timeout: seconds until a request is given up.

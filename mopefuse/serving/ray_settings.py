@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, P
 from mopefuse.config.messages import invalid_settings_error
 from mopefuse.config.section import Section
 from mopefuse.modalities.image import MAX_PIXELS
-from mopefuse.serving.engine import EngineSettings
+from mopefuse.serving.engine.engine import EngineSettings
 from mopefuse.serving.server_settings import ServerSettings
 
 _STEP = 2  # batches that may wait at one replica: the one that is computed, and the next

@@ -15,14 +15,14 @@ import uvicorn
 
 from mopefuse.core.error_codes import RequestCode
 from mopefuse.errors import MopefuseError, RequestError
-from mopefuse.serving.app import create_app
-from mopefuse.serving.batching import Batcher
-from mopefuse.serving.catalogue import Catalogue
-from mopefuse.serving.connections import make_protocol
-from mopefuse.serving.engine import EngineSettings
+from mopefuse.serving.engine.catalogue import Catalogue
+from mopefuse.serving.engine.engine import EngineSettings
+from mopefuse.serving.http.app import create_app
+from mopefuse.serving.http.connections import make_protocol
+from mopefuse.serving.http.service import Service
 from mopefuse.serving.server_settings import ServerSettings
-from mopefuse.serving.service import Service
-from mopefuse.serving.worker_pool import COMMAND, WorkerPool
+from mopefuse.serving.workers.batching import Batcher
+from mopefuse.serving.workers.worker_pool import COMMAND, WorkerPool
 
 _GRACE = 0.3  # seconds in which requests that are on their way are still refused politely, before it stops listening
 _LAST_GRACE = 1.0  # seconds for connections that were made until then
@@ -35,7 +35,7 @@ def serve(engine: EngineSettings, settings: ServerSettings, command: Sequence[st
     """Serve until SIGTERM or SIGINT.
 
     Args:
-        command: starts a worker, see `mopefuse.serving.worker_pool.WorkerPool`.
+        command: starts a worker, see `mopefuse.serving.workers.worker_pool.WorkerPool`.
 
     Raises:
         RequestError, CheckpointError: there is nothing to serve, or the port is in use.

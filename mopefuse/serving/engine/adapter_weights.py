@@ -1,7 +1,7 @@
 """The trained weights of a run of the method `conditional`, arranged for all layers at once.
 
-Prompts of all layers of many runs are then a few matrix products (`mopefuse.serving.mixed_prompts`). Runs whose `Shape` is
-equal are computed together; numbers of experts, lengths of prompts, labels and hidden units may differ.
+Prompts of all layers of many runs are then a few matrix products (`mopefuse.serving.engine.mixed_prompts`). Runs with equal
+`PromptShape` are computed together; numbers of experts, lengths of prompts, labels and hidden units may differ.
 
 Shapes: N prompted layers, S static, P dynamic, M mapped tokens, K experts, C width of a psi, h bottleneck, D width of a layer,
 H heads, F features of the head, Y hidden units, L labels, W width and Q queries of the token reader.

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mopefuse.core.precision import normalize_feature, to_float32
-from mopefuse.serving.adapter_weights import HeadShape, HeadWeights, Linear
-from mopefuse.serving.grouped import Groups, multiply, stack_padded
+from mopefuse.serving.engine.adapter_weights import HeadShape, HeadWeights, Linear
+from mopefuse.serving.engine.grouped import Groups, multiply, stack_padded
 
 
 def classify(

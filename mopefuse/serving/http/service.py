@@ -11,15 +11,15 @@ from starlette.responses import Response
 
 from mopefuse.core.error_codes import RequestCode
 from mopefuse.errors import MopefuseError, RequestError
-from mopefuse.serving.batching import Predictor, Served
-from mopefuse.serving.body import read_body, read_form
-from mopefuse.serving.catalogue import Catalogue
-from mopefuse.serving.image_urls import UrlReader
-from mopefuse.serving.metrics import Metrics
-from mopefuse.serving.middleware import record_of
-from mopefuse.serving.parse import Body, Row, parse_form, parse_json
-from mopefuse.serving.responses import error_body, json_response, status_of
+from mopefuse.serving.engine.catalogue import Catalogue
+from mopefuse.serving.http.body import read_body, read_form
+from mopefuse.serving.http.image_urls import UrlReader
+from mopefuse.serving.http.metrics import Metrics
+from mopefuse.serving.http.middleware import record_of
+from mopefuse.serving.http.parse import Body, Row, parse_form, parse_json
+from mopefuse.serving.http.responses import error_body, json_response, status_of
 from mopefuse.serving.server_settings import ServerSettings
+from mopefuse.serving.workers.batching import Predictor, Served
 
 _LARGE = 200_000  # bytes of a body that is parsed by a thread, so that other requests do not wait
 _URLS_AT_ONCE = 8  # of one request
@@ -74,8 +74,8 @@ class Service:
     def headers_for(self, error: MopefuseError) -> dict[str, str]:
         """Headers of the response to an error.
 
-        The connection of a body that is too large stays open for a while (see `mopefuse.serving.connections`): if it was closed
-        while the client still sends, the client would not see the response.
+        The connection of a body that is too large stays open for a while (see `mopefuse.serving.http.connections`): if it was
+        closed while the client still sends, the client would not see the response.
         """
         if error.code == RequestCode.QUEUE_FULL.text:
             return {"Retry-After": str(self.predictor.retry_after())}

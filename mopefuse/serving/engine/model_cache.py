@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from mopefuse.inference.bundle import Bundle
-from mopefuse.serving.catalogue import Entry
-from mopefuse.serving.resident import Alone, Facts, Resident
+from mopefuse.serving.engine.catalogue import Entry
+from mopefuse.serving.engine.resident import Alone, Facts, Resident
 
 if TYPE_CHECKING:  # bundles are served without torch
-    from mopefuse.serving.content_cache import ContentCache
-    from mopefuse.serving.shared_pair import SharedPair
+    from mopefuse.serving.engine.content_cache import ContentCache
+    from mopefuse.serving.engine.shared_pair import SharedPair
 
 
 class ModelCache:
     """Loaded models by name, at most `limit` of them.
 
     Args:
-        cache_bytes: see `mopefuse.serving.content_cache.ContentCache`.
+        cache_bytes: see `mopefuse.serving.engine.content_cache.ContentCache`.
     """
 
     def __init__(self, device: str, threads: int | None, limit: int, cache_bytes: int) -> None:
@@ -58,7 +58,7 @@ class ModelCache:
             return loaded
 
     def stats(self) -> dict[str, int]:
-        """See `mopefuse.serving.engine.Engine.stats`."""
+        """See `mopefuse.serving.engine.engine.Engine.stats`."""
         with self._lock:
             found = {"models_resident": len(self._models), "model_loads": self._loads}
             if (cache := self._cache) is not None:
@@ -82,9 +82,9 @@ class ModelCache:
     def _load_run(self, entry: Entry) -> Resident:
         from mopefuse.fusion.conditional import ConditionalFusion
         from mopefuse.inference.run_model import RunModel
-        from mopefuse.serving.adapter_weights import can_share, take_weights
-        from mopefuse.serving.content_cache import ContentCache
-        from mopefuse.serving.shared_pair import SharedPair
+        from mopefuse.serving.engine.adapter_weights import can_share, take_weights
+        from mopefuse.serving.engine.content_cache import ContentCache
+        from mopefuse.serving.engine.shared_pair import SharedPair
 
         key = entry.encoders
         pair = self._pairs.get(key) if key else None

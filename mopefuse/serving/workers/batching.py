@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 from mopefuse.core.error_codes import RequestCode
 from mopefuse.errors import RequestError
-from mopefuse.serving.request import Answer, Request
+from mopefuse.serving.engine.request import Answer, Request
 
 _LONGEST_RETRY = 60  # seconds
 
@@ -81,7 +81,7 @@ class Pending:
 
 
 class Workers(Protocol):
-    """What computes batches; see `mopefuse.serving.worker_pool.WorkerPool`."""
+    """What computes batches; see `mopefuse.serving.workers.worker_pool.WorkerPool`."""
 
     on_change: Callable[[], None]
 

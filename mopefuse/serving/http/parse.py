@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from mopefuse.core.error_codes import RequestCode
 from mopefuse.errors import MopefuseError, RequestError, did_you_mean
 from mopefuse.modalities import base as modality
-from mopefuse.serving.request import Request
+from mopefuse.serving.engine.request import Request
 
 _OPTIONS = ("model", "top", "routing", "id")
 _SHARED = ("model", "top", "routing", "rows")

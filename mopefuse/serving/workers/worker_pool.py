@@ -20,10 +20,10 @@ from typing import Any
 
 from mopefuse.core.error_codes import RequestCode
 from mopefuse.errors import MopefuseError, RequestError
-from mopefuse.serving import frames
-from mopefuse.serving.batching import Pending
+from mopefuse.serving.workers import frames
+from mopefuse.serving.workers.batching import Pending
 
-COMMAND = (sys.executable, "-m", "mopefuse.serving.worker")
+COMMAND = (sys.executable, "-m", "mopefuse.serving.workers.worker")
 _IN_FLIGHT = 2  # batches of one worker: one is computed, the other is there when it ends
 _DEATHS_WHILE_LOADING = 3  # in a row, until the server gives up
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # seconds before a worker is started again
@@ -89,11 +89,11 @@ class WorkerPool:
         return {**total, "workers_ready": ready, "worker_restarts": self.restarts}
 
     def can_start(self, *, full: bool) -> bool:
-        """See `mopefuse.serving.batching.Workers.can_start`."""
+        """See `mopefuse.serving.workers.batching.Workers.can_start`."""
         return not self._retries and self._free(_IN_FLIGHT if full else 1) is not None
 
     def start(self, batch: list[Pending]) -> None:
-        """See `mopefuse.serving.batching.Workers.start`; only after `can_start`."""
+        """See `mopefuse.serving.workers.batching.Workers.start`; only after `can_start`."""
         self._retries.append(_Batch(batch))
         self._send_retries()
 

@@ -17,7 +17,7 @@ class Request:
     """One sample, and the model that predicts it.
 
     Attributes:
-        model: name of the model, see `mopefuse.serving.catalogue.Catalogue`.
+        model: name of the model, see `mopefuse.serving.engine.catalogue.Catalogue`.
         values: by modality, a text, or the content of a file (a JPEG, a PNG) as it was received; None, or left out, for a
             sample without a value.
         top: number of labels in "probabilities", the most likely first; None for all.

@@ -13,7 +13,7 @@ from PIL import Image
 from mopefuse import __version__
 from mopefuse.errors import MopefuseError
 from mopefuse.modalities import base as modality
-from mopefuse.serving.catalogue import Catalogue
+from mopefuse.serving.engine.catalogue import Catalogue
 
 _TEXT = "a red car in front of a house"
 _ERRORS = """An error, as `error` and in the log under `request_id`. Its status:

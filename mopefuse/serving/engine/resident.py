@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mopefuse.core.error_codes import DataCode
 from mopefuse.errors import DataError
 from mopefuse.inference.predict import Model, ModelFacts, Prediction, describe
-from mopefuse.serving.catalogue import Entry
+from mopefuse.serving.engine.catalogue import Entry
 from mopefuse.tasks.base import Task
 
 

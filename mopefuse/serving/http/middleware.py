@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mopefuse.core.error_codes import RequestCode
 from mopefuse.core.formatting import visible
 from mopefuse.errors import RequestError
-from mopefuse.serving.responses import error_response
+from mopefuse.serving.http.responses import error_response
 
 OPEN_PATHS = ("/health", "/ready", "/", "/docs", "/openapi.json")
 """Paths that need no key, besides those below ``/docs/``: they say nothing about the models of a server that has one."""

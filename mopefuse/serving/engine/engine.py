@@ -1,8 +1,8 @@
 """Answers requests for any of many models, independent of how they arrive. Several threads may share one engine.
 
 Requests for all models are taken together. Those for runs with the same frozen encoders are predicted in one forward pass
-(`mopefuse.serving.shared_pair`); those for other runs, and for bundles, by their own model. A request that cannot be answered
-gets an error as its answer, and does not affect the others.
+(`mopefuse.serving.engine.shared_pair`); those for other runs, and for bundles, by their own model. A request that cannot be
+answered gets an error as its answer, and does not affect the others.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from mopefuse.inference.predict import as_json
 from mopefuse.modalities import base as modality
 from mopefuse.modalities.files import Files
 from mopefuse.modalities.image import MAX_PIXELS
-from mopefuse.serving.catalogue import Catalogue, Entry
-from mopefuse.serving.model_cache import ModelCache
-from mopefuse.serving.request import Answer, Request
-from mopefuse.serving.resident import Executor, Outcome, Resident, Value, Values
+from mopefuse.serving.engine.catalogue import Catalogue, Entry
+from mopefuse.serving.engine.model_cache import ModelCache
+from mopefuse.serving.engine.request import Answer, Request
+from mopefuse.serving.engine.resident import Executor, Outcome, Resident, Value, Values
 
 _LOG = logging.getLogger(__name__)
 _OUT_OF_MEMORY = (ResourceCode.GPU_MEMORY, ResourceCode.HOST_MEMORY)
@@ -39,7 +39,7 @@ class EngineSettings:
     """What an engine serves, and with which resources; plain values, so that it can be sent to another process.
 
     Attributes:
-        models, adapters: see `mopefuse.serving.catalogue.Catalogue`.
+        models, adapters: see `mopefuse.serving.engine.catalogue.Catalogue`.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps". threads: CPU threads of one model; None for the library's default.
         resident: models whose weights are kept in memory; the least recently used one makes room for another.
         cache_mb: size of the cache of encoder features, in megabytes of 2**20 bytes; 0 for none.

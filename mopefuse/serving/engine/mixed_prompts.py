@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mopefuse.encoders.attention import Modulation, Prompt
 from mopefuse.prompts.experts import keep_largest
-from mopefuse.serving.adapter_weights import PromptShape, PromptWeights, Trunk
-from mopefuse.serving.grouped import Groups, multiply, stack_padded
+from mopefuse.serving.engine.adapter_weights import PromptShape, PromptWeights, Trunk
+from mopefuse.serving.engine.grouped import Groups, multiply, stack_padded
 
 
 class FamilyPrompts:

@@ -13,7 +13,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from mopefuse.core.error_codes import RequestCode
 from mopefuse.errors import RequestError
-from mopefuse.serving.responses import error_body, status_of
+from mopefuse.serving.http.responses import error_body, status_of
 
 _LONGEST_HEADERS = 1 << 16
 

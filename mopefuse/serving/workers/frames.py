@@ -12,7 +12,7 @@ from typing import Any
 
 from mopefuse import errors
 from mopefuse.errors import MopefuseError
-from mopefuse.serving.request import Answer, Request
+from mopefuse.serving.engine.request import Answer, Request
 
 PREFIX = struct.Struct(">II")
 _KINDS: dict[str, type[MopefuseError]] = {

@@ -1,7 +1,7 @@
-"""The process that owns the models: ``python -m mopefuse.serving.worker FD``, started by `mopefuse.serving.worker_pool`.
+"""The process that owns the models: ``python -m mopefuse.serving.workers.worker FD``.
 
-It reads the settings of its engine from the socket ``FD``, loads the models, reports that it is ready, and then answers batches
-in their order. A thread reads the socket, so that the process ends at once when the server closes it or dies, whatever the
+The pool of workers starts it. It reads the settings of its engine from the socket ``FD``, loads the models, reports that it is
+ready, and then answers batches in their order. A thread reads the socket, so that the process ends at once when the server closes it or dies, whatever the
 models are doing. Signals are left to the server, because a terminal and systemd send them to all processes.
 """
 
@@ -21,12 +21,12 @@ from typing import Any, Protocol
 from mopefuse.core.dependencies import convert_error
 from mopefuse.core.error_codes import RequestCode
 from mopefuse.errors import MopefuseError, RequestError
-from mopefuse.serving import frames
-from mopefuse.serving.request import Answer, Request
+from mopefuse.serving.engine.request import Answer, Request
+from mopefuse.serving.workers import frames
 
 
 class Engine(Protocol):
-    """What a worker needs of an engine; see `mopefuse.serving.engine.Engine`."""
+    """What a worker needs of an engine; see `mopefuse.serving.engine.engine.Engine`."""
 
     def load(self) -> None:
         """Load what the first requests need."""
@@ -110,8 +110,8 @@ def _known(error: Exception) -> MopefuseError:
 
 
 def _make_engine(settings: dict[str, Any]) -> Engine:
-    from mopefuse.serving.engine import Engine as RealEngine
-    from mopefuse.serving.engine import EngineSettings
+    from mopefuse.serving.engine.engine import Engine as RealEngine
+    from mopefuse.serving.engine.engine import EngineSettings
 
     return RealEngine(EngineSettings(**settings | {"models": tuple(settings["models"])}))
 

@@ -20,7 +20,7 @@ class Metrics:
     """The metrics of one server.
 
     Args:
-        stats: numbers of the queue, the workers and their engines, by name; see `mopefuse.serving.batching.Predictor`.
+        stats: numbers of the queue, the workers and their engines, by name; see `mopefuse.serving.workers.batching.Predictor`.
     """
 
     def __init__(self, stats: Callable[[], Mapping[str, float]]) -> None:

@@ -15,14 +15,14 @@ from starlette.responses import Response
 from mopefuse import __version__
 from mopefuse.core.error_codes import RequestCode
 from mopefuse.errors import MopefuseError, RequestError
-from mopefuse.serving import docs_page, openapi, try_page
-from mopefuse.serving.batching import Predictor
-from mopefuse.serving.catalogue import Catalogue, Entry
-from mopefuse.serving.metrics import CONTENT_TYPE
-from mopefuse.serving.middleware import EveryRequest, Record, log_line, record_of
-from mopefuse.serving.responses import error_body, error_response, json_response, status_of
+from mopefuse.serving.engine.catalogue import Catalogue, Entry
+from mopefuse.serving.http import docs_page, openapi, try_page
+from mopefuse.serving.http.metrics import CONTENT_TYPE
+from mopefuse.serving.http.middleware import EveryRequest, Record, log_line, record_of
+from mopefuse.serving.http.responses import error_body, error_response, json_response, status_of
+from mopefuse.serving.http.service import Service
 from mopefuse.serving.server_settings import ServerSettings
-from mopefuse.serving.service import Service
+from mopefuse.serving.workers.batching import Predictor
 
 _GONE = 499  # the status in the log for a client that did not wait; it never gets a response
 _PATHS = ("/predict", "/models", "/health", "/ready", "/metrics", "/docs", "/openapi.json", "/")
@@ -35,10 +35,10 @@ def create_app(
     settings: ServerSettings,
     log: Callable[[Record], None] | None = None,
 ) -> FastAPI:
-    """The application; ``app.state.service`` is its `mopefuse.serving.service.Service`.
+    """The application; ``app.state.service`` is its `mopefuse.serving.http.service.Service`.
 
     Args:
-        predictor: computes the answers, such as a `mopefuse.serving.batching.Batcher`.
+        predictor: computes the answers, such as a `mopefuse.serving.workers.batching.Batcher`.
         log: takes the record of each request; by default it prints a line on stderr.
 
     Raises:

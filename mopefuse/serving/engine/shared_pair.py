@@ -21,11 +21,11 @@ from mopefuse.core.precision import normalize_feature, to_float32
 from mopefuse.encoders.base import Encoder, Inputs, Prefix
 from mopefuse.encoders.frozen import encode_pooled
 from mopefuse.modalities import base as modality
-from mopefuse.serving.adapter_weights import AdapterWeights, PromptWeights
-from mopefuse.serving.content_cache import ContentCache
-from mopefuse.serving.mixed_head import classify
-from mopefuse.serving.mixed_prompts import FamilyPrompts, MixedPrompts, in_families
-from mopefuse.serving.resident import Outcome, Resident, Values
+from mopefuse.serving.engine.adapter_weights import AdapterWeights, PromptWeights
+from mopefuse.serving.engine.content_cache import ContentCache
+from mopefuse.serving.engine.mixed_head import classify
+from mopefuse.serving.engine.mixed_prompts import FamilyPrompts, MixedPrompts, in_families
+from mopefuse.serving.engine.resident import Outcome, Resident, Values
 from mopefuse.tasks.base import Array
 
 
@@ -41,7 +41,7 @@ class SharedPair:
 
     @torch.inference_mode()
     def run(self, samples: Sequence[tuple[Resident, Values]]) -> list[Outcome]:
-        """See `mopefuse.serving.resident.Executor.run`."""
+        """See `mopefuse.serving.engine.resident.Executor.run`."""
         devices.flush_denormals(self.device)
         kinds: dict[tuple[bool, str], list[int]] = {}
         for number, (resident, _) in enumerate(samples):
