@@ -157,7 +157,7 @@ def test_what_is_installed_is_what_the_project_declares() -> None:
 
 def test_metrics_and_flags_in_the_documentation_exist() -> None:
     page = (ROOT / "docs" / "how-to" / "deploy.md").read_text(encoding="utf-8")
-    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "mopefuse" / "serving").glob("*.py"))
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "mopefuse" / "serving").rglob("*.py"))
     metrics = {name.removesuffix("_total").removeprefix("mopefuse_") for name in re.findall(r"`(mopefuse_\w+)", page)}
     assert len(metrics) > 8
     assert {name for name in metrics if f'"{name}"' not in code and f'"mopefuse_{name}"' not in code} == set()

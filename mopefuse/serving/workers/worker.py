@@ -1,8 +1,9 @@
 """The process that owns the models: ``python -m mopefuse.serving.workers.worker FD``.
 
 The pool of workers starts it. It reads the settings of its engine from the socket ``FD``, loads the models, reports that it is
-ready, and then answers batches in their order. A thread reads the socket, so that the process ends at once when the server closes it or dies, whatever the
-models are doing. Signals are left to the server, because a terminal and systemd send them to all processes.
+ready, and then answers batches in their order. A thread reads the socket, so that the process ends at once when the server
+closes it or dies, whatever the models are doing. Signals are left to the server, because a terminal and systemd send them to
+all processes.
 """
 
 from __future__ import annotations
