@@ -188,7 +188,7 @@ def _announce(listener: socket.socket, catalogue: Catalogue, settings: ServerSet
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     names = sorted(catalogue.entries())
     some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    _print(f"serving {some or 'no model yet'} on {url}; documentation: {url}/docs")
+    _print(f"serving {some or 'no model yet'} on {url} (to try it, open that in a browser); documentation: {url}/docs")
     key = ' -H "Authorization: Bearer $MOPEFUSE_API_KEY"' if settings.api_key else ""
     name = f" -F model={names[0]}" if len(names) > 1 else ""
     _print(f"try: curl {url}/predict{key}{name} {_fields(catalogue, names)}")
