@@ -35,11 +35,12 @@ def skip_bad_rows(index: Index, roots: Sequence[Path], config: DataConfig, *, tr
     where, total = str(roots[0] / index.file), len(index.lines_S) + len(index.row_problems)
     for modality, files in index.files.items() if not unsafe else ():
         if files.all_missing():
-            kind = file_kind(modality).plural
-            what = f"none of the {len(files.names):,} {kind} exist; first missing: {files.names[0]}"
+            fix = fix_of_missing(modality, roots, files)
             if modality == MASK and not any_png(files.names):
                 what = f"labels are not paths of masks (PNG files), such as {files.names[0]:.60}"
-            raise DataError(DataCode.FILE_NOT_FOUND, what, where=where, fix=fix_of_missing(modality, roots, files))
+                raise DataError(DataCode.FILE_NOT_FOUND, what, where=where, fix=fix)
+            what = f"none of the {len(files.names):,} {file_kind(modality).plural} exist; first missing: {files.names[0]}"
+            raise DataError(DataCode.FILE_NOT_FOUND, what, where=where, fix=fix)
     if config.on_bad == "skip" and not unsafe:
         if len(problems) <= config.max_bad_fraction * total:
             return tuple(problems)

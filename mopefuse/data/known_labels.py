@@ -81,7 +81,8 @@ def read_labels_file(path: Path, *, fold: bool = False) -> tuple[str, ...]:
         DataError: it cannot be read, is not UTF-8, or lists a label twice.
     """
     if not path.exists():
-        what, fix = f"file not found: {path}", "pass the path of a file with one label per line"
+        what = f"file not found: {path}"
+        fix = "pass the path of a file with one label per line"
         raise DataError(DataCode.BAD_LABEL_FILE, what, where="--labels", fix=fix)
     try:
         lines = read_bytes(path).decode("utf-8-sig").split("\n")
