@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from fake_cuda import FAKE, autocast, move
+from PIL import Image
 from test_shared_pair import SHARED, assert_equal, expected, picture, randomised, samples, save
 
 import mopefuse
@@ -251,14 +252,15 @@ def test_a_mixed_batch_on_a_gpu_has_the_right_types(precision: str, monkeypatch:
             assert isinstance(model, ConditionalFusion)
             facts = Facts(("a",) * model.num_labels, model.task, (), ("image", "text"), (), False)
             resident = Resident(None, facts, None, take_weights(model, precision))  # type: ignore[arg-type]
-            image = np.zeros((40, 40, 3), dtype=np.uint8)
+            image = Image.new("RGB", (40, 40))
             rows += [(resident, {"image": Value(image, bytes([number])), "text": Value("red", b"1")})] * 2
         width = encoders["comp"].feature_width  # its number of tokens depends on values, which fake tensors do not have
-        monkeypatch.setattr(SharedPair, "_psi", lambda pair, side, values: torch.ones(len(values), width, device="cuda"))
+        psi_BC = torch.ones(len(rows), width, device="cuda")
+        monkeypatch.setattr(SharedPair, "_psi", lambda *arguments: psi_BC)
         pair = SharedPair(encoders, torch.device("cuda"), ContentCache(10**6), "")
         context = autocast(torch.bfloat16) if precision == "bf16" else torch.inference_mode()
         with context:
-            logits, families = pair._forward(rows, joint=False)
+            logits, families = pair._forward(rows, joint=False, precision=precision)
     assert sum(len(numbers) for numbers, _ in logits) == len(rows)
     assert all(of_rows.is_cuda and of_rows.dtype == torch.float32 for _, of_rows in logits)
     assert {family.routing_BNK.dtype for family in families if family.routing_BNK is not None} == {torch.float32}
@@ -272,3 +274,63 @@ def test_a_name_never_leaves_the_folder(folder: Path, tmp_path: Path, name: str)
     shutil.copytree(folder / "default", served / ".hidden")
     with pytest.raises(RequestError, match="is served"):
         Catalogue(adapters=served).find(name)
+
+
+@pytest.mark.parametrize("order", [("default", "lora"), ("lora", "default")], ids=" first, then ".join)
+def test_a_tuned_encoder_is_not_shared(tmp_path: Path, order: tuple[str, str]) -> None:
+    save(tmp_path, {"default": {}, "lora": {"comp_tuning": {"mode": "lora"}}})
+    engine = engine_of(tmp_path)
+    for name in (*order, *order):
+        (request,) = samples([name], each=1)
+        assert_equal(engine.predict([request])[0], expected(tmp_path, request))
+    residents = [engine._models.get(engine.catalogue.find(name)) for name in ("default", "lora")]
+    with pytest.raises(AssertionError, match="other models use"):
+        residents[0].executor.encoders["comp"].tune()  # type: ignore[attr-defined]
+
+
+def test_models_of_different_precision_do_not_share_features(tmp_path: Path) -> None:
+    layers = {"layers": "last:2"}
+    save(tmp_path, {"fp32": layers, "bf16": {**layers, "train": {"precision": "bf16"}}})
+    requests = {name: [Request(name, one.values) for one in samples(["fp32"], each=4)] for name in ("fp32", "bf16")}
+    for order in (("fp32", "bf16"), ("bf16", "fp32")):
+        engine = engine_of(tmp_path)
+        answers = {name: engine.predict(requests[name]) for name in order}
+        for request, answer in zip(requests["fp32"], answers["fp32"], strict=True):
+            assert_equal(answer, expected(tmp_path, request))
+        assert answers["bf16"] == engine_of(tmp_path).predict(requests["bf16"])
+
+
+def test_large_images_are_predicted_in_portions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mopefuse.serving.engine.engine._PIXELS_AT_ONCE", 40 * 40 * 3)
+    sizes: list[int] = []
+    run = SharedPair.run
+
+    def count(pair: SharedPair, batch: Any) -> Any:
+        sizes.append(len(batch))
+        return run(pair, batch)
+
+    monkeypatch.setattr(SharedPair, "run", count)
+    requests = samples(["default", "experts"], each=5)
+    for request, answer in zip(requests, engine_of(folder).predict(requests), strict=True):
+        assert_equal(answer, expected(folder, request))
+    assert sizes == [4, 4, 2]
+
+
+def test_a_batch_of_more_models_than_are_kept_loads_each_once(folder: Path) -> None:
+    engine = engine_of(folder, resident=1)
+    requests = samples(["default", "experts"], each=8)
+    assert all(isinstance(answer, dict) for answer in engine.predict(requests))
+    assert engine.stats()["model_loads"] == 2
+
+
+def test_an_unknown_name_costs_little_among_many_models(folder: Path, tmp_path: Path) -> None:
+    for number in range(200):
+        served = tmp_path / f"{'a long name of a model ' * 5}{number}"
+        served.mkdir()
+        shutil.copy(folder / "default" / "manifest.json", served)
+    catalogue = Catalogue(adapters=tmp_path)
+    began = time.process_time()
+    for number in range(64):
+        with pytest.raises(RequestError, match="is served"):
+            catalogue.find(f"{'a long name of the model ' * 4}{number}")
+    assert time.process_time() - began < 1

@@ -109,6 +109,11 @@ def test_an_image_may_be_a_data_url_and_have_line_breaks(site: Site, prefix: str
     assert site.predictor.requests[0].values == {"image": png((99, 99))}
 
 
+def test_an_id_that_json_cannot_hold_is_refused(make_site: Callable[..., Site]) -> None:
+    response = make_site("a").send("POST", "/predict", content=b'{"text": "one", "id": 1e999}')
+    assert (response.status_code, response.json()["error"]["where"]) == (400, "id")
+
+
 def test_several_rows_share_options_and_their_mistakes_stay_their_own(make_site: Callable[..., Site]) -> None:
     site = make_site("a", "b")
     rows = [

@@ -55,6 +55,8 @@ ALONE: dict[str, dict[str, Any]] = {
     "late-concat": {"method": "late-concat"},
     "prompted-comp": {"comp_tuning": {"mode": "prompts"}},
     "either": {"either": True, "train": {"modality_dropout": 0.2}},
+    "lora": {"comp_tuning": {"mode": "lora"}},
+    "lora-of-both": {"method": "late-concat", "tune": "lora"},
 }
 
 
@@ -148,8 +150,8 @@ def test_runs_that_can_share_do(folder: Path) -> None:
     assert len(shared) == 1 and isinstance(next(iter(shared)), SharedPair)
     assert all(isinstance(residents[name].executor, Alone) for name in ALONE)
     encoders = next(iter(shared)).encoders["main"]  # type: ignore[attr-defined]
-    of_alone = [residents[name].executor.model.fusion.main for name in ALONE if name != "late-concat"]  # type: ignore[attr-defined]
-    assert all(one is encoders for one in of_alone)
+    owners = {name: residents[name].executor.model.fusion.main for name in ALONE}  # type: ignore[attr-defined]
+    assert {name for name, one in owners.items() if one is not encoders} == {"lora", "lora-of-both"}
 
 
 def test_one_forward_pass_serves_a_mixed_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,7 @@ class Encoder(nn.Module):
     leading_tokens: int | None = None  # tokens ahead of the patches; None if layers depend on the place or number of tokens
     lora_targets: tuple[str, ...] = ()  # names of the submodules that project queries and values
     libraries: tuple[str, ...] = ()  # distributions besides torch and mopefuse that affect its features
+    is_shared: bool = False  # whether other models use it, so that its parameters must not be changed
     unpromptable_reason: str = ""  # if there are no promptable layers: the reason, for the error message
 
     def __init__(self, spec: Spec) -> None:
@@ -252,11 +253,13 @@ class Encoder(nn.Module):
 
     def tune(self) -> None:
         """Make every parameter trainable."""
+        assert not self.is_shared, "other models use the encoder"
         self.tuned = True
         self.requires_grad_(True)
 
     def adapt(self, lora: Lora) -> None:
         """Add trainable LoRA parameters, see `_lora.adapt`. May be called once."""
+        assert not (self.adapted or self.is_shared), "the encoder was adapted before, or other models use it"
         _lora.adapt(self, lora)
         self.adapted = True
         for name, parameter in self.named_parameters():

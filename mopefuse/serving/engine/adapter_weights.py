@@ -113,7 +113,7 @@ class AdapterWeights:
 
     Attributes:
         prompts: None if the main encoder is not prompted. absent: by side, what replaces a missing condition (C,).
-        precision: see `mopefuse.core.device.precision`.
+        precision: fp32 or bf16, see `mopefuse.core.device.precision`.
     """
 
     prompts: PromptWeights | None

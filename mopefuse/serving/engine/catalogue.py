@@ -23,7 +23,8 @@ from mopefuse.runs.locate import find_run, get_kind, locate
 from mopefuse.tasks.base import task_from_facts
 
 RESCAN = 2.0
-_SUGGESTED = 500  # models whose names are compared with an unknown one; more would take long
+_COMPARED = 20  # models whose names are compared with an unknown one; more would take long
+_LISTED = 12
 _KINDS = ("run", "adapter", "bundle")
 
 
@@ -73,7 +74,9 @@ class Entry:
     def encoders(self) -> str:
         """Identifies the frozen encoders of a run by side, their weights and preprocessing; empty if one of them is tuned."""
         sides: Mapping[str, Any] = self.run.manifest()["encoders"]
-        if any(encoder["fingerprint"] is None for encoder in sides.values()):
+        config = self.run.config()  # LoRA is added to an encoder, whose fingerprint leaves it out
+        is_tuned = any(encoder["fingerprint"] is None for encoder in sides.values())
+        if is_tuned or "lora" in (config.tune, config.comp_tuning.mode):
             return ""
         return " ".join(f"{side}:{encoder['fingerprint']}:{encoder['digest']}" for side, encoder in sorted(sides.items()))
 
@@ -128,10 +131,12 @@ class Catalogue:
             return next(iter(entries.values()))
         if name is None:
             what = f"the request names no model, and {len(entries)} are served"
-            known = ", ".join(sorted(entries)[:12])
+            known = ", ".join(sorted(entries)[:_LISTED])
             fix = f'add "model", one of {known}' if known else "add a model to the server's folder"
             raise RequestError(RequestCode.MODEL_NOT_NAMED, what, where="model", fix=fix)
-        fix = did_you_mean(name[:100], [*entries][:_SUGGESTED]) or "add a model to the server's folder"
+        known = ", ".join(sorted(entries)[:_LISTED])
+        fix = did_you_mean(name[:100], entries) if len(entries) <= _COMPARED else f"use one of {known}, …"
+        fix = fix or "add a model to the server's folder"
         name = name if len(name) <= 100 else f"{name[:100]}…"
         raise RequestError(RequestCode.NO_SUCH_MODEL, f"no model {name!r} is served", where="model", fix=fix)
 

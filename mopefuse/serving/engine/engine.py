@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mopefuse.config.schema import Data
 from mopefuse.core.dependencies import convert_error
@@ -31,6 +32,7 @@ from mopefuse.serving.engine.request import Answer, Request
 from mopefuse.serving.engine.resident import Executor, Outcome, Resident, Value, Values
 
 _LOG = logging.getLogger(__name__)
+_PIXELS_AT_ONCE = 60_000_000  # of the decoded images that are held at once, three bytes each
 _OUT_OF_MEMORY = (ResourceCode.GPU_MEMORY, ResourceCode.HOST_MEMORY)
 
 
@@ -91,19 +93,33 @@ class Engine:
 
     def predict(self, requests: Sequence[Request]) -> list[Answer]:
         """The answer to each request, in their order; an error is an answer as well and is never raised."""
-        answers: list[Answer | None] = [None] * len(requests)
+        answers: dict[int, Answer] = {}
+        residents: dict[str, Resident] = {}  # kept, even if there are more of them than the cache holds
         groups: dict[Executor, list[_Sample]] = {}
+        pixels = 0
         for number, request in enumerate(requests):
             try:
-                resident = self._resident(request)
-                values = self._values(request, resident)
-                groups.setdefault(resident.executor, []).append(_Sample(number, request, resident, values))
+                resident = residents.get(request.model) or self._resident(request)
+                residents[request.model] = resident
+                sample = _Sample(number, request, resident, self._values(request, resident))
             except Exception as error:
                 answers[number] = _as_known(error)
+                continue
+            groups.setdefault(resident.executor, []).append(sample)
+            pixels += sample.pixels()
+            if pixels > _PIXELS_AT_ONCE:
+                answers |= self._run_all(groups)
+                groups, pixels = {}, 0
+        answers |= self._run_all(groups)
+        return [answers[number] for number in range(len(requests))]
+
+    def _run_all(self, groups: Mapping[Executor, Sequence[_Sample]]) -> dict[int, Answer]:
+        """The answers to samples of several executors, by the number of the request."""
+        found: dict[int, Answer] = {}
         for executor, samples in groups.items():
-            for sample, answer in zip(samples, self._run(executor, samples), strict=True):
-                answers[sample.number] = answer
-        return [answer for answer in answers if answer is not None]
+            answers = self._run(executor, samples)
+            found |= {sample.number: answer for sample, answer in zip(samples, answers, strict=True)}
+        return found
 
     def _run(self, executor: Executor, samples: Sequence[_Sample]) -> list[Answer]:
         """The answers to samples of one executor.
@@ -177,6 +193,11 @@ class _Sample:
     request: Request
     resident: Resident
     values: Values
+
+    def pixels(self) -> int:
+        """The pixels of its images."""
+        images = (value.decoded for value in self.values.values() if value is not None)
+        return sum(image.width * image.height for image in images if isinstance(image, Image.Image))
 
 
 def _try(executor: Executor, samples: Sequence[_Sample]) -> list[Answer] | MopefuseError:

@@ -80,6 +80,7 @@ class ModelCache:
             return self._load_run(entry)
 
     def _load_run(self, entry: Entry) -> Resident:
+        from mopefuse.core import device as devices
         from mopefuse.fusion.conditional import ConditionalFusion
         from mopefuse.inference.run_model import RunModel
         from mopefuse.serving.engine.adapter_weights import can_share, take_weights
@@ -97,4 +98,5 @@ class ModelCache:
         if not can_share(model.fusion):
             return Resident(entry, model, Alone(model, pair))
         assert isinstance(model.fusion, ConditionalFusion)
-        return Resident(entry, Facts.of(model), pair, take_weights(model.fusion, model.precision))
+        precision = devices.precision(model.precision, model.device)
+        return Resident(entry, Facts.of(model), pair, take_weights(model.fusion, precision))

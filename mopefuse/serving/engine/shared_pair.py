@@ -38,6 +38,8 @@ class SharedPair:
 
     def __init__(self, encoders: Mapping[str, Encoder], device: torch.device, cache: ContentCache, name: str) -> None:
         self.encoders, self.device, self.cache, self.name = dict(encoders), device, cache, name
+        for encoder in encoders.values():
+            encoder.is_shared = True
 
     @torch.inference_mode()
     def run(self, samples: Sequence[tuple[Resident, Values]]) -> list[Outcome]:
@@ -52,18 +54,18 @@ class SharedPair:
         for (joint, precision), numbers in kinds.items():
             rows = [samples[number] for number in numbers]
             with devices.autocast(precision, self.device):
-                logits, families = self._forward(rows, joint=joint)
+                logits, families = self._forward(rows, joint=joint, precision=precision)
             found |= zip(numbers, _outcomes(rows, logits, _routing(families, rows)), strict=True)
         return [found[number] for number in range(len(samples))]
 
     def _forward(
-        self, samples: Sequence[tuple[Resident, Values]], *, joint: bool
+        self, samples: Sequence[tuple[Resident, Values]], *, joint: bool, precision: str
     ) -> tuple[list[tuple[list[int], Tensor]], list[FamilyPrompts]]:
         """Logits, see `classify`, and prompts of a batch."""
         weights: list[AdapterWeights] = [resident.weights for resident, _ in samples]
         values = [sample for _, sample in samples]
         needed = [side for side in self.encoders if side != "main" and self._reads(weights, side)]
-        psi_BC = {side: self._psi(side, values) for side in needed}
+        psi_BC = {side: self._psi(side, values, precision) for side in needed}
         missing = {side: lacking for side in needed if (lacking := self._missing(side, values)) is not None}
         absent = {side: (missing_B, _absent(weights, side, psi_BC[side])) for side, missing_B in missing.items()}
         conditions_BC = {side: normalize_feature(psi) for side, psi in psi_BC.items()}
@@ -73,7 +75,7 @@ class SharedPair:
             families = in_families([one.prompts for one in weights], conditions_BC, self.device)
         prompts = MixedPrompts(families, len(samples), joint=joint)
         main = self.encoders["main"]
-        start, inputs = self._start(values, prompts.first_layer)
+        start, inputs = self._start(values, prompts.first_layer, precision)
         encoded = main.encode(inputs, prompts if families else None, start=start)
         pooled = {"main": encoded.pooled_BC, **psi_BC}
         with torch.autocast(self.device.type, enabled=False):
@@ -89,10 +91,9 @@ class SharedPair:
         )
 
     def _inputs(self, side: str, values: Sequence[Any]) -> Inputs:
-        """Prepare values for an encoder, as `mopefuse.fusion.collator.Collator` does."""
+        """Prepare decoded values for an encoder, as `mopefuse.fusion.collator.Collator` does."""
         encoder = self.encoders[side]
-        prepared = modality.prepare_values(encoder.modality, values)
-        filled = modality.fill_missing(encoder.modality, prepared)
+        filled = modality.fill_missing(encoder.modality, values)
         batch = encoder.preprocess.batch([encoder.preprocess.item(value) for value in filled])
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
@@ -100,10 +101,10 @@ class SharedPair:
         lacking = [sample.get(self.encoders[side].modality) is None for sample in values]
         return torch.tensor(lacking, device=self.device) if any(lacking) else None
 
-    def _psi(self, side: str, values: Sequence[Values]) -> Tensor:
+    def _psi(self, side: str, values: Sequence[Values], precision: str) -> Tensor:
         """Pooled features of a complementary side (B, C), in float32."""
         own = [sample.get(self.encoders[side].modality) for sample in values]
-        keys = [(self.name, side, b"" if value is None else value.key) for value in own]
+        keys = [(self.name, precision, side, b"" if value is None else value.key) for value in own]
 
         def compute(positions: list[int]) -> Tensor:
             given = [own[at] for at in positions]
@@ -112,7 +113,7 @@ class SharedPair:
 
         return torch.stack(self.cache.get_all(keys, compute))
 
-    def _start(self, values: Sequence[Values], layer: int | None) -> tuple[Prefix | None, Inputs]:
+    def _start(self, values: Sequence[Values], layer: int | None, precision: str) -> tuple[Prefix | None, Inputs]:
         """Where the main encoder starts, and its inputs: at the first prompted layer, if what enters it can be kept."""
         main = self.encoders["main"]
         own = [value for sample in values if (value := sample[main.modality]) is not None]
@@ -124,7 +125,7 @@ class SharedPair:
             inputs = self._inputs("main", [own[at].decoded for at in positions])
             return main.compute_prefix(inputs, layer).tokens_BLD
 
-        tokens = self.cache.get_all([(self.name, layer, value.key) for value in own], compute)
+        tokens = self.cache.get_all([(self.name, precision, layer, value.key) for value in own], compute)
         blank = {name: tensor.to(self.device) for name, tensor in main.blank_inputs(len(own)).items()}
         return Prefix(layer, torch.stack(tokens)), blank
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
@@ -169,11 +170,13 @@ def _options(options: Mapping[str, Any]) -> None:
     if routing is not None and not isinstance(routing, bool):
         _refuse("routing must be true or false", where="routing")
     if not _is_id(options.get("id")):
-        _refuse("id must be a text or a number", where="id")
+        _refuse("id must be a text or a finite number", where="id")
 
 
 def _is_id(value: Any) -> bool:
-    return value is None or (isinstance(value, str | int | float) and not isinstance(value, bool))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or (isinstance(value, str | int) and not isinstance(value, bool))
 
 
 def _text(name: str, value: Any) -> str:
