@@ -7,7 +7,7 @@ One class per family of codes, each with its exit code. The command line convert
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -135,6 +135,12 @@ class Interrupted(MopefuseError):
         self.exit_code = 128 + signal_number
 
 
+_KINDS = (
+    ConfigError, DataError, UnsafePathError, EncoderError, PackageError, CheckpointError, ResourceError, NumericError,
+    PluginError, GateError, RequestError, MopefuseError,
+)  # fmt: skip
+
+
 class Notice(UserWarning):
     """A warning that needs no action; the command line prints it as one line."""
 
@@ -153,6 +159,18 @@ def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
     if near:
         return f"did you mean {', '.join(near)}?"
     return f"use one of {', '.join(names[:12])}{', …' if len(names) > 12 else ''}" if names else ""
+
+
+def error_from_dict(body: Mapping[str, Any]) -> MopefuseError:
+    """Build an error from what `MopefuseError.as_dict` returned; the exit code follows from the family.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not such a body.
+    """
+    _, family, number = body["code"].split("-")
+    kinds: dict[str, type[MopefuseError]] = {kind.family: kind for kind in _KINDS}
+    what, where, fix = (str(body[key]) for key in ("message", "where", "hint"))
+    return kinds[family](int(number), what, where=where, fix=fix)
 
 
 def data_error(code: str, what: str, *, where: str = "", fix: str = "") -> DataError:

@@ -11,19 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mopefuse.core.error_codes import DataCode, RequestCode
-from mopefuse.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    EncoderError,
-    MopefuseError,
-    NumericError,
-    PackageError,
-    PluginError,
-    RequestError,
-    ResourceError,
-    UnsafePathError,
-)
+from mopefuse.errors import DataError, MopefuseError, RequestError, error_from_dict
 from mopefuse.inference.predict import Prediction
 from mopefuse.modalities import base as modality
 from mopefuse.modalities.files import read_content, regular_file
@@ -35,11 +23,6 @@ if TYPE_CHECKING:
 Row = str | MopefuseError
 """A sample as an object of JSON, or why it cannot be sent."""
 
-_KINDS: tuple[type[MopefuseError], ...] = (
-    CheckpointError, ConfigError, DataError, EncoderError, NumericError, PackageError, PluginError, RequestError,
-    ResourceError, UnsafePathError,
-)  # fmt: skip
-_FAMILIES = {kind.family: kind for kind in _KINDS}
 _OF_THE_CALL = (RequestCode.NO_SUCH_MODEL.text, RequestCode.MODEL_NOT_NAMED.text)
 
 
@@ -104,11 +87,10 @@ def read_error(body: Mapping[str, Any]) -> MopefuseError:
     Raises:
         KeyError, TypeError, ValueError: it is not an error of mopefuse.
     """
-    _, family, number = body["code"].split("-")
-    kind, texts = _FAMILIES[family], [str(body[key]) for key in ("message", "where", "hint")]
-    if (family, int(number)) == (RequestError.family, RequestCode.BAD_KEY):
-        texts[1:] = "api_key", "pass api_key, or set MOPEFUSE_API_KEY"
-    return kind(int(number), texts[0], where=texts[1], fix=texts[2])
+    error = error_from_dict(body)
+    if error.code == RequestCode.BAD_KEY.text:
+        error.where, error.fix = "api_key", "pass api_key, or set MOPEFUSE_API_KEY"
+    return error
 
 
 def content_of(response: httpx.Response) -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from mopefuse.config.schema import Data
+from mopefuse.core.artifact import MANIFEST
 from mopefuse.core.dependencies import convert_error
 from mopefuse.core.error_codes import DataCode, NumericCode, RequestCode, ResourceCode
 from mopefuse.errors import DataError, MopefuseError, NumericError, RequestError, ResourceError
@@ -152,7 +153,7 @@ class Engine:
             raise
 
     def _is_gone(self, entry: Entry) -> bool:
-        return not (entry.folder / "manifest.json").is_file()
+        return not (entry.folder / MANIFEST).is_file()
 
     def _values(self, request: Request, resident: Resident) -> Values:
         """The values of a sample, decoded, by each modality that the model reads.

@@ -10,17 +10,10 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mopefuse import errors
-from mopefuse.errors import MopefuseError
+from mopefuse.errors import MopefuseError, error_from_dict
 from mopefuse.serving.engine.request import Answer, Request
 
 PREFIX = struct.Struct(">II")
-_KINDS: dict[str, type[MopefuseError]] = {
-    kind.family: kind
-    for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, MopefuseError) and kind is not errors.Interrupted
-}
-
 Frame = tuple[dict[str, Any], list[bytes]]
 """A header and its parts."""
 
@@ -91,9 +84,3 @@ def answer_to_json(answer: Answer) -> dict[str, Any]:
 def answer_from_json(value: Mapping[str, Any]) -> Answer:
     """The inverse of `answer_to_json`."""
     return error_from_dict(value["error"]) if "error" in value else dict(value["prediction"])
-
-
-def error_from_dict(body: Mapping[str, Any]) -> MopefuseError:
-    """The inverse of `MopefuseError.as_dict`."""
-    _, family, number = str(body["code"]).split("-")
-    return _KINDS[family](int(number), str(body["message"]), where=str(body["where"]), fix=str(body["hint"]))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mopefuse.core.error_codes import RequestCode
-from mopefuse.errors import MopefuseError, RequestError
+from mopefuse.errors import MopefuseError, RequestError, error_from_dict
 from mopefuse.serving.workers import frames
 from mopefuse.serving.workers.batching import Pending
 
@@ -192,7 +192,7 @@ class _Worker:
             except (asyncio.IncompleteReadError, ConnectionError):
                 return None
             if header["kind"] == "failed":
-                return frames.error_from_dict(header["error"])
+                return error_from_dict(header["error"])
             self.stats = header["stats"]
             if header["kind"] == "ready":
                 self.is_ready = True
