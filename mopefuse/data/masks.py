@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +24,6 @@ from mopefuse.metrics.names import IGNORED
 from mopefuse.modalities.base import get_modality, picture_among
 from mopefuse.modalities.masks import ids_in
 from mopefuse.tasks.segmentation import OBJECT, Segmentation
-
-if TYPE_CHECKING:  # rows can be read without torch
-    pass
 
 Parts = Mapping[str, tuple[Index, NDArray[np.int64]]]
 _KINDS = {DataCode.UNINTENDED_IDS.text: "unintended-ids", DataCode.ONE_CLASS.text: "one-class"}

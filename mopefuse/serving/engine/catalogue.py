@@ -129,12 +129,11 @@ class Catalogue:
             return found
         if name is None and len(entries) == 1:
             return next(iter(entries.values()))
+        known = ", ".join(sorted(entries)[:_LISTED])
         if name is None:
             what = f"the request names no model, and {len(entries)} are served"
-            known = ", ".join(sorted(entries)[:_LISTED])
             fix = f'add "model", one of {known}' if known else "add a model to the server's folder"
             raise RequestError(RequestCode.MODEL_NOT_NAMED, what, where="model", fix=fix)
-        known = ", ".join(sorted(entries)[:_LISTED])
         fix = did_you_mean(name[:100], entries) if len(entries) <= _COMPARED else f"use one of {known}, …"
         fix = fix or "add a model to the server's folder"
         name = name if len(name) <= 100 else f"{name[:100]}…"

@@ -80,9 +80,6 @@ def _answer(connection: socket.socket, engine: Engine, frame: frames.Frame) -> N
         answers = engine.predict(requests)
     except Exception as error:
         answers = [_known(error)] * len(requests)
-    for answer in answers:
-        if isinstance(answer, MopefuseError) and answer.__cause__ is not None:
-            traceback.print_exception(answer.__cause__)  # a bug, whose details belong in the log
     _send(
         connection,
         {
