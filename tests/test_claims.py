@@ -286,7 +286,7 @@ CLAIMS: dict[str, dict[str, str]] = {
     "a server answers every request that it accepted, whatever dies or ends meanwhile": {
         "quick": "test_serve_batching::test_a_batch_whose_worker_dies_is_computed_again "
         "test_serve_batching::test_only_the_request_that_kills_workers_is_given_up",
-        "full": "test_serve::test_a_killed_worker_loses_no_request "
+        "full": "test_serve_batching::test_a_worker_that_hangs_is_restarted test_serve::test_a_killed_worker_loses_no_request "
         "test_serve::test_a_request_that_kills_workers_is_answered_and_the_others_as_well "
         "test_serve::test_a_worker_out_of_memory_is_503_and_goes_on "
         "test_serve::test_a_server_whose_workers_cannot_load_ends_with_the_reason "
@@ -313,6 +313,10 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_serve_batching::test_nothing_waits_for_connections_that_do_not_exist",
         "full": "test_serve::test_a_single_client_does_not_wait_for_others "
         "test_serve::test_requests_of_several_clients_share_a_batch",
+    },
+    "many runs with the same encoders answer in one forward pass as each does alone": {
+        "quick": "test_shared_pair::test_one_forward_pass_for_many_runs_equals_each_alone",
+        "full": "test_shared_pair::test_other_pairs",
     },
     "mopefuse serve predicts what its models predict, and documents itself": {
         "quick": "test_serve_http::test_one_row_is_one_request "

@@ -74,10 +74,14 @@ def test_its_linter_accepts_it(command: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.fixture(scope="module")
+def flags() -> set[str]:
+    return set(re.findall(r"--[a-z-]+", run_cli("serve", "--help").stdout))
+
+
 @pytest.mark.parametrize("file", COMMANDS)
-def test_every_flag_exists(file: str) -> None:
-    known = set(re.findall(r"--[a-z-]+", run_cli("serve", "--help").stdout))
-    assert {word for word in COMMANDS[file] if word.startswith("--")} <= known
+def test_every_flag_exists(file: str, flags: set[str]) -> None:
+    assert {word for word in COMMANDS[file] if word.startswith("--")} <= flags
 
 
 def test_ports_agree() -> None:

@@ -260,6 +260,7 @@ def test_only_the_request_that_kills_workers_is_given_up() -> None:
     with_pool(work)
 
 
+@pytest.mark.process
 def test_a_worker_that_hangs_is_restarted() -> None:
     async def work(batcher: Batcher, pool: WorkerPool) -> None:
         found = await batcher.predict([ask("sleep 600")])

@@ -132,7 +132,7 @@ def assert_equal(answer: object, wanted: dict[str, Any]) -> None:
     assert answer.get("label") == wanted.get("label")
 
 
-@pytest.mark.parametrize("cache_mb", [0, 8], ids=["no-cache", "cache"])
+@pytest.mark.parametrize("cache_mb", [pytest.param(0, marks=pytest.mark.matrix, id="no-cache"), pytest.param(8, id="cache")])
 def test_one_forward_pass_for_many_runs_equals_each_alone(folder: Path, cache_mb: int) -> None:
     engine = Engine(EngineSettings(adapters=str(folder), cache_mb=cache_mb))
     for seed in range(2):
@@ -176,6 +176,7 @@ def test_one_forward_pass_serves_a_mixed_batch(folder: Path, monkeypatch: pytest
     assert calls == ["image"], "psi of all texts is known"
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("main", "comp"),
     [
