@@ -85,7 +85,7 @@ def facts(folder: Path, change: Any, settings: dict[str, Any]) -> dict[str, str]
     if change is not None:
         change(folder)
     config = Data(**{**settings, "path": str(folder / settings.get("path", ""))})
-    indexes = read_indexes(config)
+    indexes, _ = read_indexes(config)
     return {f"index {name}": index.digest for name, index in indexes.items()} | load_data(config).fingerprint()
 
 

@@ -156,8 +156,8 @@ def preview(
     from mopefuse.report.pages import check_place, write
 
     check_place(out, folder)
-    index, roots = read_split(config, split)
-    html, shown = preview_page(index, roots, config, name=str(folder), rows=rows, seed=seed)
+    index, files = read_split(config, split)
+    html, shown = preview_page(index, files, config, name=str(folder), rows=rows, seed=seed)
     write(out, html)
     if json:
         print_json({"ok": True, "path": str(out), "rows": shown})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mopefuse.cli.settings import Settings, data_section
-from mopefuse.cli.shared_options import Checkpoint, Device, Json, Model, OtherComp, OtherMain, Split
+from mopefuse.cli.shared_options import Checkpoint, Device, Json, Model, OtherComp, OtherMain, Split, read_data_path
 from mopefuse.core.error_codes import ConfigCode
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def evaluate(
     *,
     split: Split = "test",
     data: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Evaluate on other data with the same labels: a folder or a table.")
+        Path | None, typer.Option(metavar="PATH", help="Evaluate on other data with the same labels.", parser=read_data_path)
     ] = None,
     checkpoint: Checkpoint = "best",
     out: Annotated[

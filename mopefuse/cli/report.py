@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mopefuse.cli.shared_options import Json
+from mopefuse.cli.shared_options import Json, read_data_path
 from mopefuse.core.error_codes import ConfigCode
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ def report(
         Path | None, typer.Option(metavar="DIR", help="Also write the figures to this folder, as SVG and PNG.")
     ] = None,
     device: Annotated[str, typer.Option(help="For a run: device to compute on: auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    data: Annotated[Path | None, typer.Option(metavar="PATH", help="For a run: its data, if they have moved.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="For a run: its data, if they have moved.", parser=read_data_path)
+    ] = None,
     audit: Annotated[
         bool, typer.Option("--audit/--no-audit", help="For a run: measure what each modality and the prompts contribute.")
     ] = True,

@@ -16,9 +16,19 @@ SetData = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Set any other data setting, such as data.allow_missing_text=true."),
 ]
-DataPath = Annotated[
-    Path, typer.Argument(metavar="DATA", help="Folder with train, val and test tables (.jsonl, .csv, ...), or one table.")
-]
+
+
+def read_data_path(text: str) -> Path:
+    """The path of data, local or remote."""
+    if ":" not in text:
+        return Path(text)
+    from mopefuse.data.storage.paths import data_path
+
+    return data_path(text)
+
+
+_DATA_HELP = "Folder with train, val and test (tables, shards or folders of images), one table, or shards; local or remote."
+DataPath = Annotated[Path, typer.Argument(metavar="DATA", help=_DATA_HELP, parser=read_data_path)]
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="Run, adapter or exported bundle: a folder, or hf-hub:repo/name.")
 ]

@@ -1,5 +1,5 @@
-"""The cache: indexes of data, features of encoders, outputs of early and last layers, decoded images, models of the hub,
-scripts of charts.
+"""The cache: indexes of data, contents of shards, copies of remote files, features of encoders, outputs of early and last
+layers, decoded images, models of the hub, scripts of charts.
 
 Its folder is ``$MOPEFUSE_CACHE``, else ``mopefuse`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. An entry is a folder named by its
 kind and a digest of everything that it depends on; it is published atomically (`artifact.publish`) and verified when it is
@@ -21,7 +21,7 @@ from mopefuse.core.artifact import publish, read_json, verify
 from mopefuse.core.atomic_files import TEMPORARY, remove_leftovers, sync
 from mopefuse.errors import CheckpointError, ResourceError
 
-KINDS = ("index", "features", "prefixes", "tokens", "images", "models", "charts", "galleries")
+KINDS = ("index", "features", "prefixes", "tokens", "images", "models", "charts", "galleries", "shards", "remote")
 
 
 def root() -> Path | None:

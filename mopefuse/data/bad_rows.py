@@ -12,16 +12,18 @@ from mopefuse.data.base import Problem
 from mopefuse.data.findings import KINDS, fix_of_missing, kind_of_row
 from mopefuse.data.index import Index
 from mopefuse.errors import DataError, data_error
+from mopefuse.modalities.file_source import FileSource
 from mopefuse.modalities.masks import NAME as MASK
 from mopefuse.modalities.masks import any_png, file_kind
 
 _MAX_LISTED = 20
 
 
-def skip_bad_rows(index: Index, roots: Sequence[Path], config: DataConfig, *, training: bool) -> tuple[Problem, ...]:
+def skip_bad_rows(index: Index, source: FileSource, root: Path, config: DataConfig, *, training: bool) -> tuple[Problem, ...]:
     """Find the bad rows that may be skipped.
 
     Args:
+        source: where the files are. root: the data folder, for messages.
         training: whether the data are read for training, whose commands can set `data.on_bad`.
 
     Raises:
@@ -32,10 +34,10 @@ def skip_bad_rows(index: Index, roots: Sequence[Path], config: DataConfig, *, tr
     if not problems:
         return ()
     unsafe = [problem for problem in problems if problem.code.startswith("MF-SEC")]
-    where, total = str(roots[0] / index.file), len(index.lines_S) + len(index.row_problems)
+    where, total = str(root / index.file), len(index.lines_S) + len(index.row_problems)
     for modality, files in index.files.items() if not unsafe else ():
         if files.all_missing():
-            fix = fix_of_missing(modality, roots, files)
+            fix = fix_of_missing(modality, source, files)
             if modality == MASK and not any_png(files.names):
                 what = f"labels are not paths of masks (PNG files), such as {files.names[0]:.60}"
                 raise DataError(DataCode.FILE_NOT_FOUND, what, where=where, fix=fix)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data.labels import Labels, Targets
 from mopefuse.modalities.base import digest, get_modality
+from mopefuse.modalities.file_source import FileSource, Folders
 
 if TYPE_CHECKING:  # rows can be read without torch
     import torch
@@ -116,7 +117,7 @@ class DataSet:
         root: folder that paths in rows are relative to.
         labels: the labels, defined by the training split or by a list of labels.
         task: what a label is.
-        image_roots: folders that may contain images and other files, `root` first.
+        files: where the files are that rows name.
         notices: notices for the user.
     """
 
@@ -124,7 +125,7 @@ class DataSet:
     splits: dict[str, Split]
     labels: tuple[str, ...]
     task: Task
-    image_roots: tuple[Path, ...] = ()
+    files: FileSource = field(default_factory=lambda: Folders(()))
     notices: tuple[str, ...] = ()
 
     @property
@@ -150,7 +151,7 @@ class DataSet:
         reader, value = get_modality(modality), row.values[modality]
         if value is None:
             return reader.blank_value()
-        return reader.read(value, self.image_roots, where=split.where(row), config=config)
+        return reader.read(value, self.files, where=split.where(row), config=config)
 
     def targets(self, split: str) -> Tensor:
         """The targets of a split, see `mopefuse.tasks.base.Task.targets`. For large data see `sparse_targets`."""
@@ -163,7 +164,7 @@ class DataSet:
             return Targets(found.labels, self.labels, self.task)
         from mopefuse.data.mask_targets import MaskTargets
 
-        return MaskTargets(found, self.image_roots, self.labels, self.task)
+        return MaskTargets(found, self.files, self.labels, self.task)
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,18 @@ from mopefuse.data.findings import (
 from mopefuse.data.index import Index
 from mopefuse.data.index_build import build, read_rows
 from mopefuse.data.label_problems import find_label_problems, find_task, summarize_splits
-from mopefuse.data.load import get_roots, notice_splits
+from mopefuse.data.load import notice_splits
 from mopefuse.data.masks import count_classes
 from mopefuse.data.repeated_rows import find_repeated_rows
 from mopefuse.data.split_rows import Parts, divide_rows, missing_split_hint
+from mopefuse.data.storage.paths import data_folder, data_path, is_pattern
+from mopefuse.data.storage.shards import open_files
+from mopefuse.data.storage.table import Table
 from mopefuse.data.summary import Advance, Texts, Tokens, count_labels, describe_split, find_extremes, read_texts, rows_of
-from mopefuse.data.tables import Table, find_tables
+from mopefuse.data.tables import find_tables
 from mopefuse.errors import DataError
 from mopefuse.modalities.base import get_modality
+from mopefuse.modalities.file_source import FileSource, Folders
 from mopefuse.tasks.base import Task
 
 Indexes = dict[str, Index]
@@ -51,7 +55,7 @@ class Report:
     """The contents of a data set and what is wrong with it.
 
     Args:
-        roots: folders that may contain files, the data root first.
+        files: where the files are that rows name.
         modalities: modalities of the rows.
         indexes: by split.
         findings: errors first, then by kind, split and line.
@@ -65,7 +69,7 @@ class Report:
     """
 
     config: DataConfig
-    roots: tuple[Path, ...]
+    files: FileSource
     modalities: tuple[str, ...]
     indexes: Indexes
     findings: list[Finding]
@@ -161,29 +165,30 @@ def check(
     Raises:
         DataError: there is no such folder or file.
     """
-    path = Path(config.path or "")
-    if not path.is_dir() and not path.is_file():
+    path = data_path(config.path or "")
+    folder = data_folder(path)
+    if not path.is_dir() and not path.is_file() and not is_pattern(path):
         find_tables(path, config)  # raises
     if path.is_dir():  # each split has its own table
         config = config.model_copy(update={"split_col": None})
-    reading = _Reading(path=path, config=config, roots=get_roots(path, config), fresh=fresh, advance=advance)
+    reading = _Reading(path=path, config=config, fresh=fresh, advance=advance)
     began = time.perf_counter()
     indexes, found = reading.read()
     seconds = time.perf_counter() - began
 
     texts, text_findings = read_texts(indexes, config, tokens, advance)
-    task = find_task(indexes, reading.roots[0], config)
-    labels, label_findings = find_label_problems(indexes, reading.roots[0], config, task)
+    task = find_task(indexes, folder, config)
+    labels, label_findings = find_label_problems(indexes, folder, config, task)
     parts, refused = _divide(indexes, path, config, task)
     leaks = list(cross_row_checks.leak_findings(parts))
-    found += _row_and_file_findings(indexes, reading.roots)
+    found += _row_and_file_findings(indexes, reading.files)
     found += [*text_findings, *label_findings]
     found += [*cross_row_checks.shared_ids(indexes), *(finding for _, _, finding in leaks)]
     all_bad = any(_bad_rows(index) and not len(index.good()) for index in indexes.values())
     found += refused if not (all_bad or any(finding.kind in _NO_ROWS for finding in found)) else []
     return Report(
         config=config,
-        roots=reading.roots,
+        files=reading.files,
         modalities=reading.modalities,
         indexes=indexes,
         findings=sorted(found, key=_order),
@@ -207,13 +212,13 @@ def _balance(indexes: Indexes, labels: tuple[str, ...], task: Task) -> dict[str,
     return count_labels(indexes, labels) if task.is_classification else {}
 
 
-def _row_and_file_findings(indexes: Indexes, roots: tuple[Path, ...]) -> list[Finding]:
+def _row_and_file_findings(indexes: Indexes, files: FileSource) -> list[Finding]:
     found: list[Finding] = []
     seen: set[tuple[str, str]] = set()  # in a single table, a row that names no split is found once for each split
     for index in indexes.values():
         of_rows = [finding for finding in row_findings(index) if (finding.where, finding.message) not in seen]
         seen |= {(finding.where, finding.message) for finding in of_rows}
-        found += [*of_rows, *file_findings(index, roots), *missing_findings(index), *find_repeated_rows(index)]
+        found += [*of_rows, *file_findings(index, files), *missing_findings(index), *find_repeated_rows(index)]
     return found
 
 
@@ -240,16 +245,16 @@ def _bad_rows(index: Index) -> int:
     return len(index.row_problems) + len(index.lines_S) - len(index.good())
 
 
-def read_split(config: DataConfig, split: str) -> tuple[Index, tuple[Path, ...]]:
+def read_split(config: DataConfig, split: str) -> tuple[Index, FileSource]:
     """Read the rows of one split, without reading files.
 
     Returns:
-        The index, and the folders that files may lie in.
+        The index, and where the files are.
 
     Raises:
         DataError: there is no such folder, file or split, its table cannot be read, or none of its rows is valid.
     """
-    path = Path(config.path or "")
+    path = data_path(config.path or "")
     tables = find_tables(path, config)
     table = tables.get(split) or (tables.get("") if config.split_col or split == "train" else None)
     index = read_rows(table, split, modalities_of(tables.values(), config), config) if table else None
@@ -261,18 +266,20 @@ def read_split(config: DataConfig, split: str) -> tuple[Index, tuple[Path, ...]]
         present = ", ".join(tables) if path.is_dir() else path.name
         fix = f"the data have {present or 'no split'}; run mopefuse data check for details"
         raise DataError(DataCode.NO_ROW_TO_CHECK, f"the {split} split has no rows", where=str(path), fix=fix)
-    return index, get_roots(path, config)
+    return index, open_files(path, config, [*tables.values()])
 
 
 class _Reading:
     """Reads the tables and files of a data set.
 
     Attributes:
-        modalities: modalities of the rows, known after `read`. files_read: number of files that were read, by split.
+        modalities, files: modalities of the rows, and where their files are, known after `read`.
+        files_read: number of files that were read, by split.
     """
 
-    def __init__(self, *, path: Path, config: DataConfig, roots: tuple[Path, ...], fresh: bool, advance: Advance) -> None:
-        self.path, self.config, self.roots, self.fresh = path, config, roots, fresh
+    def __init__(self, *, path: Path, config: DataConfig, fresh: bool, advance: Advance) -> None:
+        self.path, self.config, self.fresh = path, config, fresh
+        self.files: FileSource = Folders([data_folder(path)])
         self.modalities: tuple[str, ...] = ()
         self.files_read = Counter[str]()
         self._advance = advance
@@ -282,6 +289,7 @@ class _Reading:
         tables, found = self._find_tables()
         notice_splits(tables, self.config)
         self.modalities = modalities_of(tables.values(), self.config, lenient=True)
+        self.files = open_files(self.path, self.config, [*tables.values()])
         indexes, unreadable = self._build_indexes(tables)
         found += unreadable
         if found and not self.path.is_dir():
@@ -308,7 +316,7 @@ class _Reading:
                 continue
             advance = partial(self._count, name)
             try:
-                index = build(table, name, self.roots, self.modalities, self.config, fresh=self.fresh, advance=advance)
+                index = build(table, name, self.files, self.modalities, self.config, fresh=self.fresh, advance=advance)
             except DataError as error:
                 found.append(finding_of(error, "unreadable-table", name))
                 continue

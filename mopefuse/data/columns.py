@@ -9,7 +9,8 @@ from typing import Any
 
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.error_codes import ConfigCode, DataCode
-from mopefuse.data.tables import Table, columns_in, some_columns
+from mopefuse.data.storage.table import Table
+from mopefuse.data.tables import columns_in, some_columns
 from mopefuse.errors import ConfigError, DataError, did_you_mean, similar_names
 from mopefuse.modalities import base as modality
 from mopefuse.tasks.base import get_task

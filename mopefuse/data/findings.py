@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,8 @@ import numpy as np
 from mopefuse.core.formatting import several
 from mopefuse.data.index import FileValues, Index
 from mopefuse.errors import DataError
-from mopefuse.modalities.files import Files, root_to_name
+from mopefuse.modalities.file_source import FileSource
+from mopefuse.modalities.files import Files
 from mopefuse.modalities.masks import NAME as MASK
 from mopefuse.modalities.masks import any_png, file_kind
 
@@ -219,13 +219,13 @@ def kind_of_row(what: str) -> str:
     return next((kind for kind, pattern in _PATTERNS.items() if re.match(pattern, what, re.DOTALL)), "bad-row")
 
 
-def file_findings(index: Index, roots: Sequence[Path]) -> Iterator[Finding]:
+def file_findings(index: Index, source: FileSource) -> Iterator[Finding]:
     """Yield the findings about files, once for each file, at the first row that names it."""
     for name, files in index.files.items():
         modality = file_kind(name)
         assert isinstance(modality, Files)
         present = np.flatnonzero(files.number_S >= 0)
-        root_hint = fix_of_missing(name, roots, files) if files.all_missing() else ""
+        root_hint = fix_of_missing(name, source, files) if files.all_missing() else ""
         numbers, first, counts = np.unique(files.number_S[present], return_index=True, return_counts=True)
         for number, row, rows in zip(numbers.tolist(), present[first].tolist(), counts.tolist(), strict=True):
             file, info = files.names[number], files.infos[number]
@@ -234,11 +234,11 @@ def file_findings(index: Index, roots: Sequence[Path]) -> Iterator[Finding]:
                 yield finding_at(index, row, kind, text, hint=root_hint or hint, code=info.code, image=file, rows=rows)
 
 
-def fix_of_missing(name: str, roots: Sequence[Path], files: FileValues) -> str:
+def fix_of_missing(name: str, source: FileSource, files: FileValues) -> str:
     """What to do if no file of a modality, or no mask, exists."""
     if name == MASK and not any_png(files.names):
         return "name the column of the masks with --label-col"
-    return root_to_name(roots, files.names)
+    return source.hint(files.names)
 
 
 def missing_findings(index: Index) -> Iterator[Finding]:

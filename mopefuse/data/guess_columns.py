@@ -18,9 +18,12 @@ from mopefuse.core.error_codes import DataCode
 from mopefuse.data.columns import COMMON_LABELS, EXPECTED, flag_for, get_column
 from mopefuse.data.label_cells import parse_list
 from mopefuse.data.labels_task import fix_of_decimal_commas, look_like_quantities
+from mopefuse.data.storage.paths import data_folder, data_path
+from mopefuse.data.storage.shards import open_files
 from mopefuse.data.tables import IMAGE_SUFFIXES, find_tables, split_column
 from mopefuse.errors import DataError
 from mopefuse.modalities.base import get_modality
+from mopefuse.modalities.file_source import FileSource, Folders
 
 _ROWS = 2000  # first rows that are looked at
 _PATHS = 50  # of these, paths that are looked for on disk
@@ -51,10 +54,10 @@ def guess_columns(config: DataConfig) -> Guess:
     Raises:
         DataError: there is no table, or a column cannot be guessed or is ambiguous; the message names the flag.
     """
-    path = Path(config.path or "")
+    path = data_path(config.path or "")
     tables = find_tables(path, config)
     rows = [row.value for table in tables.values() for row in islice(table.rows(), _ROWS) if isinstance(row.value, dict)]
-    guesser = _Guesser(rows, path.parent if path.is_file() else path, config)
+    guesser = _Guesser(rows, data_folder(path), open_files(path, config, [*tables.values()]), config)
     if "" in tables and config.split_col is None and (column := split_column(tables[""], config)) is not None:
         guesser.take("split_col", column, "split", "its cells name splits")
     for name in sorted(EXPECTED, key=lambda name: not get_modality(name).is_file):  # files first: they are certain
@@ -66,8 +69,8 @@ def guess_columns(config: DataConfig) -> Guess:
 class _Guesser:
     """The columns of some rows, of which fewer and fewer are free."""
 
-    def __init__(self, rows: Rows, root: Path, config: DataConfig) -> None:
-        self.rows, self.root, self.config, self.guess = rows, root, config, Guess()
+    def __init__(self, rows: Rows, root: Path, files: FileSource, config: DataConfig) -> None:
+        self.rows, self.root, self.files, self.config, self.guess = rows, root, files, config, Guess()
         self.cells: dict[str, list[str]] = {}
         for row in rows:
             for name, value in row.items():
@@ -102,8 +105,7 @@ class _Guesser:
             self._guess_text(name, setting)
 
     def _guess_files(self, name: str, setting: str) -> None:
-        roots = (self.root, *map(Path, self.config.image_roots))
-        found = [column for column in self.free if self._share_of_files(column, roots) >= _NEARLY_ALL]
+        found = [column for column in self.free if self._share_of_files(column, self.files) >= _NEARLY_ALL]
         if found:
             column = self._only(found, name, get_modality(name).common_columns)
             self.take(setting, column, name, "its cells are paths of files")
@@ -112,7 +114,7 @@ class _Guesser:
         if not paths:
             self._refuse(f"no column has the paths of {get_modality(name).plural}", name)
         column = self._only(paths, name, get_modality(name).common_columns)
-        folders = [folder for folder in self._folders() if self._share_of_files(column, (folder,)) >= _NEARLY_ALL]
+        folders = [folder for folder in self._folders() if self._share_of_files(column, Folders([folder])) >= _NEARLY_ALL]
         if len(folders) != 1:
             what = f"the files in column {column}, such as {self.cells[column][0]}, are not in {self.root}"
             hint = f"one of {', '.join(map(str, folders[:3]))}" if folders else "DIR"
@@ -121,10 +123,10 @@ class _Guesser:
         self.guess.settings["image_roots"] = (*self.config.image_roots, str(folders[0]))
         self.take(setting, column, name, f"its cells are paths of files in {folders[0]}")
 
-    def _share_of_files(self, column: str, roots: Sequence[Path]) -> float:
-        """The fraction of the first cells of a column that are relative paths of files in `roots`."""
+    def _share_of_files(self, column: str, files: FileSource) -> float:
+        """The fraction of the first cells of a column that are relative paths of files."""
         cells = self.cells[column][:_PATHS]
-        return sum(any(_is_file(root, cell) for root in roots) for cell in cells) / len(cells)
+        return sum(not cell.startswith("/") and files.has(cell) for cell in cells) / len(cells)
 
     def _looks_like_paths(self, column: str) -> bool:
         cells = self.cells[column][:_PATHS]
@@ -209,15 +211,6 @@ class _Guesser:
 
 def _flag(modality: str) -> str:
     return flag_for(modality, "NAME") if modality else "--label-col NAME"
-
-
-def _is_file(root: Path, cell: str) -> bool:
-    """Whether a cell is the relative path of a file in a folder, without leaving it."""
-    try:
-        path = Path(cell)
-        return not path.is_absolute() and ".." not in path.parts and (root / path).is_file()
-    except (OSError, ValueError):  # too long for a path, or a null byte
-        return False
 
 
 def _is_number(cell: str) -> bool:

@@ -11,7 +11,6 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -24,8 +23,10 @@ from mopefuse.data.columns import Layout
 from mopefuse.data.index import FileValues, Index, InlineValues
 from mopefuse.data.labels import Labels, LabelsBuilder
 from mopefuse.data.rows import EXPECTED_LABEL, InvalidRow, RowSkipped, ValidRow, add_missing_hints, check_row
-from mopefuse.data.tables import Table, TableRow, split_named
+from mopefuse.data.storage.table import Table, TableRow
+from mopefuse.data.tables import split_named
 from mopefuse.modalities import base as modality
+from mopefuse.modalities.file_source import FileSource
 from mopefuse.modalities.files import FileInfo, Files, inspect_files
 from mopefuse.modalities.masks import MASKS, SUFFIX
 from mopefuse.modalities.masks import NAME as MASK
@@ -39,7 +40,7 @@ Advance = Callable[[int, int], None]
 def build(
     table: Table,
     split: str,
-    roots: Sequence[Path],
+    source: FileSource,
     modalities: Sequence[str],
     config: DataConfig,
     *,
@@ -50,7 +51,7 @@ def build(
 
     Args:
         split: for a single table with a split column: only the rows of this split are used.
-        roots: folders that may contain files, the data root first.
+        source: where the files are.
         modalities: modalities of the rows.
         fresh: read everything again and replace the index in the cache.
         advance: called with (files read, files to read).
@@ -60,7 +61,7 @@ def build(
     index_digest = cache.make_key(
         VERSION, table.digest, split, table.file, *Layout.from_config(modalities, config).describe(), *settings
     )
-    key = index_cache.make_key(index_digest, roots, config)
+    key = index_cache.make_key(index_digest, source, config)
     index = None if fresh else index_cache.load(key, table)
     if index is None:
         index = read_rows(table, split, modalities, config, index_digest)
@@ -75,13 +76,13 @@ def build(
             advance(total_before + done, total_before + total)  # noqa: B023 (called before the next)
 
         known = dict(zip(values.names, values.infos, strict=True))
-        infos = inspect_files(kind, roots, values.names, config, known=known, advance=count)
+        infos = inspect_files(kind, source, values.names, config, known=known, advance=count)
         updated[name] = replace(values, infos=[infos[file] for file in values.names])
         total_before += read_now
     if index.fresh or any(updated[name].infos != values.infos for name, values in index.files.items()):
         masks = updated.pop(MASK, None)
         index = replace(index, values={**index.values, **updated}, masks=masks, fresh=True)
-        index_cache.save(key, index, roots)
+        index_cache.save(key, index, source)
     return index
 
 

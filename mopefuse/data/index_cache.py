@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from mopefuse.core.artifact import read_json
 from mopefuse.data.base import Problem
 from mopefuse.data.index import Array, FileValues, Index, InlineValues
 from mopefuse.data.labels import Labels
-from mopefuse.data.tables import Table
+from mopefuse.data.storage.table import Table
+from mopefuse.modalities.file_source import FileSource
 from mopefuse.modalities.files import FileInfo
 from mopefuse.modalities.masks import NAME as MASK
 
@@ -23,19 +23,19 @@ VERSION = 7  # version of the format
 _LOOK_ARRAYS = ("size", "mtime", "side", "animated", "milliseconds", "digest", "ids")
 
 
-def make_key(digest: str, roots: Sequence[Path], config: DataConfig) -> str:
+def make_key(digest: str, files: FileSource, config: DataConfig) -> str:
     """The key of an index.
 
     Args:
-        digest: see `Index.digest`. roots: folders that may contain files.
+        digest: see `Index.digest`. files: where the files are.
     """
     masks = config.task if config.task in (None, "segmentation") else ""  # whether labels can be masks
-    return cache.make_key(VERSION, digest, config.on_missing, masks, *(root.resolve() for root in roots))
+    return cache.make_key(VERSION, digest, config.on_missing, masks, *files.identity())
 
 
-def save(key: str, index: Index, roots: Sequence[Path]) -> None:
+def save(key: str, index: Index, files: FileSource) -> None:
     """Keep an index in the cache, if possible."""
-    facts = {"digest": index.digest, "split": index.split, "root": str(roots[0]), "rows": len(index.lines_S)}
+    facts = {"digest": index.digest, "split": index.split, "root": files.identity()[0], "rows": len(index.lines_S)}
     cache.store("index", key, lambda folder: _write(index, folder), facts)
 
 

@@ -32,9 +32,13 @@ from mopefuse.data.masks import find_classes, mask_notices
 from mopefuse.data.repeated_rows import notice_contradictions
 from mopefuse.data.rows import Rows
 from mopefuse.data.split_rows import Numbers, divide_rows
-from mopefuse.data.tables import Table, columns_in, find_tables, split_column
+from mopefuse.data.storage.paths import data_folder, data_path
+from mopefuse.data.storage.shards import open_files
+from mopefuse.data.storage.table import Table
+from mopefuse.data.tables import columns_in, find_tables, split_column
 from mopefuse.errors import ConfigError, DataError, Notice
 from mopefuse.modalities.base import get_modality
+from mopefuse.modalities.file_source import FileSource
 
 
 def load_data(
@@ -57,24 +61,24 @@ def load_data(
     """
     if config.path is None:
         raise ConfigError(ConfigCode.NO_DATA_SET, "no data set was given", where="data.path", fix="add --data DIR")
-    path = Path(config.path)
-    roots = get_roots(path, config)
-    indexes = read_indexes(config, require, advance=advance)
+    path = data_path(config.path)
+    folder = data_folder(path)
+    indexes, files = read_indexes(config, require, advance=advance)
     training = "train" in require and "train" in indexes
-    skipped = {name: skip_bad_rows(index, roots, config, training=training) for name, index in indexes.items()}
-    task = infer_task(indexes, config, classes_are_listed=labels_file(roots[0], config) is not None)
+    skipped = {name: skip_bad_rows(index, files, folder, config, training=training) for name, index in indexes.items()}
+    task = infer_task(indexes, config, classes_are_listed=labels_file(folder, config) is not None)
     if task.label_kind == "number":
         indexes, odd = without_bad_numbers(indexes, config)
         skipped = {name: (*skipped[name], *odd.get(name, ())) for name in skipped}
     checked = training and task.is_classification
-    label_warnings = label_check.check_labels(indexes["train"], roots[0], config) if checked else []
+    label_warnings = label_check.check_labels(indexes["train"], folder, config) if checked else []
     contradictions = notice_contradictions(indexes.values()) if checked else []
     parts = divide_rows(indexes, path, config, require, task=task)
     splits = {name: _split(name, index, rows, skipped.get(name, ()), config) for name, (index, rows) in parts.items()}
     of_labels: tuple[str, ...] = ()
     if task.label_kind == "mask":
-        task, labels = find_classes(parts, roots[0], config)
-        of_labels = mask_notices(parts, task, labels, roots[0], config)
+        task, labels = find_classes(parts, folder, config)
+        of_labels = mask_notices(parts, task, labels, folder, config)
     elif task.label_kind == "number":
         labels = target_names(config, require_numbers(parts, config))
         mixed = mixed_currencies(indexes["train"]) if training else ()
@@ -82,50 +86,49 @@ def load_data(
     elif task.label_kind == "pair":
         labels = task.ways
     else:
-        labels = known_labels(roots[0], splits, config, label_warnings)
+        labels = known_labels(folder, splits, config, label_warnings)
     return DataSet(
-        root=roots[0],
+        root=folder,
         splits=splits,
         labels=labels,
         task=task,
-        image_roots=roots,
+        files=files,
         notices=(*_notices(splits, indexes, config), *label_check.notices(label_warnings), *contradictions, *of_labels),
     )
 
 
-def get_roots(path: Path, config: DataConfig) -> tuple[Path, ...]:
-    """The folders that may contain images and other files: that of the data first."""
-    return (path.parent if path.is_file() else path, *map(Path, config.image_roots))
-
-
 def read_indexes(
     config: DataConfig, require: Sequence[str] = (), *, advance: Advance = lambda done, total: None
-) -> dict[str, Index]:
+) -> tuple[dict[str, Index], FileSource]:
     """Read the index of each split that has its own rows, not rows held out of another split.
 
     Args:
         require: splits that must exist; a table without a split column is train, or the only required split.
 
+    Returns:
+        The indexes, and where the files are that their rows name.
+
     Raises:
         DataError: no such folder, or a file that is not a table.
     """
-    path = Path(config.path or "")
-    tables = find_tables(path, config)
-    roots = get_roots(path, config)
+    path = data_path(config.path or "")
+    tables = find_tables(path, config, advance=advance)
+    files = open_files(path, config, [*tables.values()])
     modalities = modalities_of(tables.values(), config)
     if "" in tables:
         notice_splits(tables, config)
         default = require[0] if len(require) == 1 and not (config.val_fraction or config.test_fraction) else "train"
         names = SPLITS if config.split_col else (default,)
-        found = {name: build(tables[""], name, roots, modalities, config, advance=advance) for name in names}
-        return {name: index for name, index in found.items() if name == default or len(index.lines_S) or index.row_problems}
+        found = {name: build(tables[""], name, files, modalities, config, advance=advance) for name in names}
+        kept = {name: index for name, index in found.items() if name == default or len(index.lines_S) or index.row_problems}
+        return kept, files
     config = config.model_copy(update={"split_col": None})  # each split has its own table
-    return {name: build(table, name, roots, modalities, config, advance=advance) for name, table in tables.items()}
+    return {name: build(table, name, files, modalities, config, advance=advance) for name, table in tables.items()}, files
 
 
 def has_split_column(path: Path, config: DataConfig) -> bool:
     """Whether `path` is a table with the column `data.split_col`; a folder names splits by its files."""
-    if not config.split_col or not path.is_file():
+    if not config.split_col or path.is_dir():
         return False
     return bool(columns_in(find_tables(path, config)[""], {config.split_col}))
 

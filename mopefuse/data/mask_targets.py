@@ -6,7 +6,6 @@ Shapes: B samples of a batch, S of a split, H and W of a target.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data.labels import Targets
 from mopefuse.modalities.base import Modality, digest, get_modality
+from mopefuse.modalities.file_source import FileSource
 from mopefuse.modalities.masks import MASKS, Mask, resized
 from mopefuse.tasks.base import Task
 from mopefuse.tasks.segmentation import Segmentation
@@ -42,13 +42,13 @@ class MaskTargets(Targets):
     """The targets of a split: classes (B, H, W), read from mask files when they are accessed.
 
     Args:
-        split: its labels are masks. roots: folders that may contain them. known: the classes. task: of a model, or of the
+        split: its labels are masks. files: where they are. known: the classes. task: of a model, or of the
             data set.
     """
 
-    def __init__(self, split: Split, roots: Sequence[Path], known: Sequence[str], task: Task) -> None:
+    def __init__(self, split: Split, files: FileSource, known: Sequence[str], task: Task) -> None:
         assert split.masks is not None and isinstance(task, Segmentation)
-        self.split, self.files, self.roots, self.segmentation = split, split.masks, roots, task
+        self.split, self.masks, self.segmentation, self._files = split, split.masks, task, files
         self._known, self._config = known, DataConfig.model_construct(max_pixels=10**12)  # files have been checked
         self._kept: dict[int, Mask] = {}
         self._bytes = 0
@@ -59,7 +59,7 @@ class MaskTargets(Targets):
             self._wanted_S = [number_of.get(key, -1) for key in split.loose_keys[name].tolist()]
 
     def __len__(self) -> int:
-        return len(self.files.number_S)
+        return len(self.masks.number_S)
 
     def __getitem__(self, index_B: Tensor) -> Tensor:
         """The targets of some rows."""
@@ -71,14 +71,14 @@ class MaskTargets(Targets):
     def classes(self, row: int) -> Mask:
         """The target (H, W) of a row."""
         wanted = None if self._wanted_S is None else self._wanted_S[row]
-        return self.segmentation.to_classes(self._ids(int(self.files.number_S[row]), row), wanted)
+        return self.segmentation.to_classes(self._ids(int(self.masks.number_S[row]), row), wanted)
 
     def _ids(self, number: int, row: int) -> Mask:
         """The ids of a mask at the size of targets."""
         if number in self._kept:
             return self._kept[number]
         where = self.split.where(self.split.rows[row])
-        ids: Mask = MASKS.read(self.files.names[number], self.roots, where=where, config=self._config)
+        ids: Mask = MASKS.read(self.masks.names[number], self._files, where=where, config=self._config)
         ids = resized(ids, self.segmentation.size) if self.segmentation.size else ids
         if self._bytes + ids.nbytes <= _KEPT:
             self._kept[number], self._bytes = ids, self._bytes + ids.nbytes
@@ -92,6 +92,6 @@ class MaskTargets(Targets):
 
     def numbers(self) -> NDArray[np.int64]:
         """Height and width of each mask (S, 2), in pixels."""
-        sides = np.array([(info.height, info.width) for info in self.files.infos], dtype=np.int64).reshape(-1, 2)
-        found: NDArray[np.int64] = sides[self.files.number_S]
+        sides = np.array([(info.height, info.width) for info in self.masks.infos], dtype=np.int64).reshape(-1, 2)
+        found: NDArray[np.int64] = sides[self.masks.number_S]
         return found

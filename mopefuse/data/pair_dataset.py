@@ -86,7 +86,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         self.task = self.data.task
         if self.task.label_kind != "class" and "train" in self.data.splits:
             self.task = self.task.with_statistics(self.data.sparse_targets("train").numbers())
-        self._masks = MaskTargets(self.split, self.data.image_roots, self.labels, self.task) if self.split.masks else None
+        self._masks = MaskTargets(self.split, self.data.files, self.labels, self.task) if self.split.masks else None
         self._number = self._encode_labels()
 
     def _encode_labels(self) -> dict[str, Any]:

@@ -88,9 +88,9 @@ def _hold_out(parts: Parts, name: str, fraction: float, path: Path, config: Data
 def missing_split_hint(name: str, path: Path, config: DataConfig) -> str:
     """A hint on how to provide a missing split."""
     hold_out_rows = f"hold out some rows of train with --{name}-fraction 0.1"
-    if path.is_file() and name == "train":
+    if not path.is_dir() and name == "train":
         return f"add rows of train to {path.name}"
-    if path.is_file():
+    if not path.is_dir():
         if path.stem in SPLITS and any((path.parent / f"{name}{suffix}").is_file() for suffix in SUFFIXES):
             return f"pass the folder that also has the other splits: {path.parent}"
         column = split_column(find_tables(path, config)[""], config)

@@ -1,4 +1,4 @@
-"""Read tables: JSON lines, CSV, TSV or Parquet files, and folders of images with captions.
+"""Find and read tables: JSON lines, CSV or TSV files, folders of images with captions, and shards.
 
 Each reader yields the rows of its file with line numbers; `mopefuse.data.rows` checks them.
 """
@@ -14,55 +14,37 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.error_codes import DataCode
 from mopefuse.data.base import SPLITS
 from mopefuse.data.csv_records import Record, Records, delimiter_of, name_of
+from mopefuse.data.storage.paths import SHARD_SUFFIXES, is_pattern, is_remote, read_range, remote_errors
+from mopefuse.data.storage.shards import find_shards, pattern_shards, shards_table, unnamed_shards
+from mopefuse.data.storage.table import Table, TableRow, parse_json_line
+from mopefuse.data.storage.tar_shards import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from mopefuse.errors import DataError, Notice, did_you_mean, similar_names
 
-SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+SUFFIXES = (".jsonl", ".csv", ".tsv", *SHARD_SUFFIXES)
 _MAGIC = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\x03\x04": "a zip"}
 _SPLIT_SYNONYMS = {"dev": "val", "valid": "val", "validation": "val", "training": "train", "testing": "test"}
 _FIRST_ROWS = 1000  # rows in which a column that names splits is searched
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
-class TableRow(NamedTuple):
-    """One row before it is checked.
-
-    Args:
-        value: the object, or a message if it could not be parsed.
-        start, stop: place of the row in `Table.content`, in bytes.
-    """
-
-    line: int
-    value: dict[str, Any] | str
-    start: int = 0
-    stop: int = 0
-
-
-class Table(NamedTuple):
-    """The rows of one file or folder.
-
-    Args:
-        file: its name, for messages. digest: sha256 of its content.
-        content: content of a file of JSON lines; None for other formats, whose rows are converted to JSON lines.
-    """
-
-    file: str
-    digest: str
-    rows: Callable[[], Iterator[TableRow]]
-    content: bytes | None = None
-
-
-def find_tables(path: Path, config: DataConfig, *, splits: Sequence[str] = SPLITS) -> dict[str, Table]:
-    """Find the table of each split in a folder, or the single table at `path`.
+def find_tables(
+    path: Path,
+    config: DataConfig,
+    *,
+    splits: Sequence[str] = SPLITS,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Table]:
+    """Find the table of each split in a folder, or the single table at `path`, which may be a pattern for shards.
 
     Args:
         splits: the splits to look for in a folder.
+        advance: called with (shards opened, shards).
 
     Returns:
         Tables by split; a single table under "".
@@ -70,28 +52,47 @@ def find_tables(path: Path, config: DataConfig, *, splits: Sequence[str] = SPLIT
     Raises:
         DataError: `path` does not exist, a split has two tables, or a file cannot be read or is not a table.
     """
-    if path.is_file():
-        return {"": _table(path, config)}
-    if not path.is_dir():
-        siblings = _siblings(path)
-        stems = similar_names(path.stem, {item.stem for item in siblings})
-        similar = [item for stem in stems for item in siblings if item.stem == stem]
-        suggestion = f"did you mean {', '.join(map(str, similar[:3]))}? Otherwise " if similar else ""
-        fix = f"{suggestion}pass a folder with train.jsonl, val.jsonl and test.jsonl, or one table"
-        raise DataError(DataCode.NO_DATA_FOLDER, f"data folder not found: {path}", fix=fix)
-    tables = {}
-    for split in splits:
-        found = [path / f"{split}{suffix}" for suffix in SUFFIXES if os.path.lexists(path / f"{split}{suffix}")]
-        if (path / split).is_dir() and not found and any(child.is_dir() for child in (path / split).iterdir()):
-            found.append(path / split)
-        if len(found) > 1:
-            names = " and ".join(file.name for file in found)
-            raise DataError(
-                DataCode.SPLIT_TWICE, f"the {split} split has two tables: {names}", where=str(path), fix="remove one of them"
-            )
-        if found:
-            tables[split] = _table(found[0], config)
-    return tables
+    with remote_errors(path):
+        if path.is_file():
+            return {"": _table(path, config, advance)}
+        if not path.is_dir():
+            if is_pattern(path):
+                return {"": shards_table(pattern_shards(path), config, advance=advance)}
+            raise _not_found(path)
+        tables = {split: _split_table(path, split, config, advance) for split in splits}
+        found = {split: table for split, table in tables.items() if table is not None}
+        if not found and (shards := unnamed_shards(path)):
+            return {"": shards_table(shards, config, advance=advance)}
+        return found
+
+
+def _split_table(path: Path, split: str, config: DataConfig, advance: Callable[[int, int], None]) -> Table | None:
+    """The table of a split in a folder; None if there is none."""
+    found = [path / f"{split}{suffix}" for suffix in SUFFIXES if _lexists(path / f"{split}{suffix}")]
+    shards = [shard for shard in find_shards(path, split) if shard not in found]
+    if not found and not shards and (path / split).is_dir() and any(child.is_dir() for child in (path / split).iterdir()):
+        found.append(path / split)
+    if len(found) + bool(shards) > 1:
+        names = " and ".join(file.name for file in [*found, *shards[:1]])
+        raise DataError(
+            DataCode.SPLIT_TWICE, f"the {split} split has two tables: {names}", where=str(path), fix="remove one of them"
+        )
+    if shards:
+        return shards_table(shards, config, advance=advance)
+    return _table(found[0], config, advance) if found else None
+
+
+def _lexists(path: Path) -> bool:
+    return path.exists() if is_remote(path) else os.path.lexists(path)
+
+
+def _not_found(path: Path) -> DataError:
+    siblings = _siblings(path)
+    stems = similar_names(path.stem, {item.stem for item in siblings})
+    similar = [item for stem in stems for item in siblings if item.stem == stem]
+    suggestion = f"did you mean {', '.join(map(str, similar[:3]))}? Otherwise " if similar else ""
+    fix = f"{suggestion}pass a folder with train.jsonl, val.jsonl and test.jsonl, or one table"
+    return DataError(DataCode.NO_DATA_FOLDER, f"data folder not found: {path}", fix=fix)
 
 
 def _siblings(path: Path) -> list[Path]:
@@ -102,14 +103,14 @@ def _siblings(path: Path) -> list[Path]:
         return []
 
 
-def _table(path: Path, config: DataConfig) -> Table:
+def _table(path: Path, config: DataConfig, advance: Callable[[int, int], None]) -> Table:
     if path.is_dir() and path.suffix == "":
         return _image_folder(path, config)
+    kind = path.suffix.lower()
+    if kind in SHARD_SUFFIXES:
+        return shards_table([path], config, advance=advance)
     content = read_bytes(path)
     digest = hashlib.sha256(content).hexdigest()
-    kind = path.suffix.lower()
-    if kind == ".parquet":
-        return Table(path.name, digest, lambda: _parquet(path))
     for start, name in _MAGIC.items():
         if content.startswith(start):
             raise DataError(
@@ -170,11 +171,11 @@ def read_bytes(path: Path) -> bytes:
         DataError: it is a pipe, device or folder (nothing is opened), or cannot be read.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block
+        if not is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block
             raise DataError(
                 DataCode.TABLE_UNREADABLE, f"{path.name} is not a regular file", where=str(path), fix="pass a regular file"
             )
-        return path.read_bytes()
+        return read_range(path)
     except OSError as error:
         raise DataError(
             DataCode.TABLE_UNREADABLE, f"{path.name} cannot be read: {error.strerror}", where=str(path), fix="make it readable"
@@ -197,40 +198,7 @@ def _json_lines(content: bytes) -> Iterator[TableRow]:
         start = stop + 1
 
 
-class _InvalidJson(ValueError):
-    """JSON that the parser accepts but rows must not contain."""
-
-
-def parse_json_line(line: bytes) -> dict[str, Any] | str:
-    """Parse a line of JSON; returns the object, or a message if it is not one."""
-    try:
-        value = json.loads(line.decode("utf-8"), object_pairs_hook=_refuse_duplicate_keys, parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        place = f"byte 0x{line[error.start]:02x} at {error.start + 1}"
-        return f"is not UTF-8 ({place}); convert the file to UTF-8, for example with iconv -f latin1 -t utf-8"
-    except _InvalidJson as error:
-        return str(error)
-    except json.JSONDecodeError as error:
-        return f"is not JSON (column {error.colno}: {error.msg})"
-    except RecursionError:
-        return "is nested too deeply"
-    except ValueError:
-        return "has a number with too many digits"
-    return value if isinstance(value, dict) else f"is a {type(value).__name__}, expected an object"
-
-
-def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        raise _InvalidJson("has a key twice")
-    return value
-
-
-def _refuse_constant(name: str) -> Any:
-    raise _InvalidJson(f"has {name}, which is not JSON")
-
-
-# -- CSV and Parquet
+# -- CSV
 
 
 def _csv(content: bytes, path: Path, delimiter: str) -> Iterator[TableRow]:
@@ -288,35 +256,6 @@ def _header(record: Record, path: Path) -> list[str]:
     return header
 
 
-def _parquet(path: Path) -> Iterator[TableRow]:
-    try:
-        import pyarrow as arrow
-        from pyarrow import parquet
-    except ImportError:
-        fix = 'pip install "mopefuse[parquet]", or convert the file to JSON lines'
-        raise DataError(DataCode.PARQUET_NEEDS_PYARROW, "reading Parquet needs pyarrow", where=str(path), fix=fix) from None
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield TableRow(number, {key: _plain(value) for key, value in row.items()})
-    except (arrow.ArrowException, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            DataCode.PARQUET_DAMAGED,
-            f"{path.name} is damaged: {reason}",
-            where=str(path),
-            fix="replace it with the complete file",
-        ) from None
-
-
-def _plain(value: Any) -> Any:
-    """Convert integers to text: a column has one type, so integer ids and labels are not a mistake as in JSON."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
 # -- folders of images
 
 
@@ -355,7 +294,7 @@ def _images_below(path: Path) -> list[Path]:
 def _captions(metadata: Path, config: DataConfig) -> dict[str, Any]:
     """Read the texts of a metadata file by ``file_name``, the format of Hugging Face image folders."""
     captions = {}
-    for row in _table(metadata, config).rows():
+    for row in _table(metadata, config, lambda done, total: None).rows():
         if isinstance(row.value, str):
             raise DataError(
                 DataCode.FIELD_MISSING, f"{metadata.name}:{row.line} {row.value}", where=str(metadata), fix="correct the line"

@@ -24,6 +24,7 @@ from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.core.formatting import several
 from mopefuse.data.columns import Layout, flag_for, get_column
 from mopefuse.data.index_build import build
+from mopefuse.data.storage.shards import open_files
 from mopefuse.data.tables import columns_in, find_tables
 from mopefuse.errors import ConfigError, DataError
 from mopefuse.inference.predict import Embedder, Pair, Prediction, Predictor, read_pairs
@@ -127,7 +128,7 @@ def open_gallery(
     assert isinstance(model, Embedder)
     table = find_tables(path, config)[""]
     config = config.model_copy(update={"split_col": None, "task": model.task.name})
-    index = build(table, "test", (path.parent, *map(Path, config.image_roots)), [modality], config)
+    index = build(table, "test", open_files(path, config, [table]), [modality], config)
     if problems := index.problems():
         what = f"could not read {several(len(problems), 'row')} of the gallery; the first: {problems[0]}"
         raise DataError(DataCode.BAD_ROW, what, where=problems[0].where, fix=problems[0].fix or "correct or remove the rows")

@@ -26,11 +26,14 @@ from mopefuse.core.error_codes import CheckpointCode, ConfigCode, DataCode, Nume
 from mopefuse.core.formatting import json_text, spreadsheet_cell
 from mopefuse.data.columns import Layout, sort_modalities
 from mopefuse.data.rows import InvalidRow, check_input
-from mopefuse.data.tables import TableRow, find_tables, parse_json_line
+from mopefuse.data.storage.shards import open_files
+from mopefuse.data.storage.table import TableRow, parse_json_line
+from mopefuse.data.tables import find_tables
 from mopefuse.errors import CheckpointError, ConfigError, DataError, MopefuseError, NumericError
 from mopefuse.inference.bundle import Bundle
 from mopefuse.inference.mask_files import MaskWriter
 from mopefuse.modalities import base as modality
+from mopefuse.modalities.file_source import FileSource
 from mopefuse.modalities.masks import encode_runs
 from mopefuse.runs.locate import find_run, get_kind, locate
 from mopefuse.tasks.base import Array, Task
@@ -295,21 +298,20 @@ def read_pairs(
                 fix="pass a .jsonl, .csv, .tsv or .parquet file, or - for stdin",
             )
         table = find_tables(source, config)[""]
-        root, file, rows = source.parent, table.file, table.rows()
+        file, rows, files = table.file, table.rows(), open_files(source, config, [table])
     else:
-        root, file = Path(), "stdin"
+        file, files = "stdin", open_files(Path(), config, [])
         rows = (TableRow(number, parse_json_line(line)) for number, line in enumerate(source, start=1) if line.strip())
-    roots = (root, *map(Path, config.image_roots))
     needed = [name for name in modalities if name not in optional_modalities]
     layouts = [Layout.from_config(sort_modalities(needed), config)] if needed else []
     if optional_modalities:
         lenient = Layout.from_config(sort_modalities(modalities), config.model_copy(update={"on_missing": "absent"}))
         layouts.append(replace(lenient, empty_is_missing=empty_is_missing))
     for found in rows:
-        yield _pair(found, file, roots, layouts, config)
+        yield _pair(found, file, files, layouts, config)
 
 
-def _pair(found: TableRow, file: str, roots: Sequence[Path], layouts: Sequence[Layout], config: DataConfig) -> Pair:
+def _pair(found: TableRow, file: str, files: FileSource, layouts: Sequence[Layout], config: DataConfig) -> Pair:
     where, identity = f"{file}:{found.line}", str(found.line)
     try:
         if isinstance(found.value, str):
@@ -321,7 +323,7 @@ def _pair(found: TableRow, file: str, roots: Sequence[Path], layouts: Sequence[L
         place = f"{where}, id {identity}"
         for name, value in values.items():
             if value is not None:
-                values[name] = modality.get_modality(name).read(value, roots, where=place, config=config)
+                values[name] = modality.get_modality(name).read(value, files, where=place, config=config)
         return Pair(identity, values)
     except InvalidRow as error:
         named = "specify its column with --text-col, --image-col or --column, or remove the row"

@@ -19,6 +19,7 @@ from mopefuse.errors import DataError, PluginError, did_you_mean
 
 if TYPE_CHECKING:  # bundles run without pydantic
     from mopefuse.config.schema import Data as DataConfig
+    from mopefuse.modalities.file_source import FileSource
 
 BY_POSITION = {"image": "images", "text": "texts"}
 """Modalities that the Python interface takes by position, with the names of these arguments. The arguments of others have the
@@ -50,11 +51,11 @@ class Modality:
     prompt_length: ClassVar[int] = 4
     lr: ClassVar[float] = 5e-4
 
-    def read(self, value: str, roots: Sequence[Path], *, where: str, config: DataConfig) -> Any:
+    def read(self, value: str, files: FileSource | Sequence[Path], *, where: str, config: DataConfig) -> Any:
         """Read a value for an encoder's preprocessing.
 
         Args:
-            value: value in the row. roots: folders that may contain files, the data root first.
+            value: value in the row. files: where files are, or the folders that may contain them, the data folder first.
             where: file, line and id of the row, for messages.
 
         Raises:

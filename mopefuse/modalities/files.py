@@ -1,4 +1,4 @@
-"""Files that rows name: they lie inside a root, are checked when the index is built, and are read when a sample is used.
+"""Files that rows name: they are checked when the index is built, and read when a sample is used.
 
 A modality whose values are files is a subclass of `Files`, which defines how a file is decoded and checked.
 """
@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from mopefuse.core.error_codes import DataCode, PathCode
-from mopefuse.errors import DataError, MopefuseError, UnsafePathError
+from mopefuse.errors import MopefuseError
 from mopefuse.modalities.base import Modality
+from mopefuse.modalities.file_source import FileSource, Stamp, as_source
 
 if TYPE_CHECKING:  # bundles run without pydantic
     from mopefuse.config.schema import Data as DataConfig
 
 MISSING = DataCode.FILE_NOT_FOUND.text
-_MAX_FOLDERS = 100  # in which missing files are looked for
 _KINDS = {PathCode.OUTSIDE_ROOT.text: "unsafe-path", MISSING: "missing-file", DataCode.NOT_A_REGULAR_FILE.text: "not-a-file"}
 
 
@@ -31,7 +30,7 @@ class FileInfo(NamedTuple):
     """The result of checking a file.
 
     Args:
-        size: in bytes; -1 if there is no file. mtime: in nanoseconds.
+        size, mtime: its `Stamp`; the size is -1 if there is no file.
         width, height: size of a picture, in pixels.
         milliseconds: time that decoding took.
         digest: digest of its content, 16 bytes.
@@ -50,6 +49,11 @@ class FileInfo(NamedTuple):
     code: str = ""
     what: str = ""
     fix: str = ""
+
+    @property
+    def stamp(self) -> Stamp:
+        """Changes whenever the file does."""
+        return Stamp(self.size, self.mtime)
 
 
 class Files(Modality):
@@ -87,119 +91,10 @@ class Files(Modality):
         if info.code:
             yield _KINDS.get(info.code, "unreadable-file"), info.what, info.fix
 
-    def read(self, value: str, roots: Sequence[Path], *, where: str, config: DataConfig) -> Any:
+    def read(self, value: str, files: FileSource | Sequence[Path], *, where: str, config: DataConfig) -> Any:
         """See `Modality.read`."""
-        content = read_content(resolve_inside(roots, value, where=where, what=self.name), value, where)
+        content = as_source(files).read(value, where=where, what=self.name)
         return self.decode(content, value, where=where, config=config)
-
-
-def read_content(path: Path, name: str, where: str) -> bytes:
-    """Read a file.
-
-    Args:
-        name: name of the file in the row. where: file, line and id of the row.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        fix = "make it readable"
-        raise DataError(DataCode.FILE_UNREADABLE, f"{name} cannot be read: {error.strerror}", where=where, fix=fix) from None
-
-
-# -- paths
-
-
-def resolve_inside(roots: Sequence[Path], relative: str, *, where: str, what: str) -> Path:
-    """Find the file of a path: relative to the first of `roots` that has it, or absolute inside another of them.
-
-    Args:
-        what: the modality, for messages.
-
-    Raises:
-        UnsafePathError: the path is a URL or leads outside all roots. DataError: it is not a regular file.
-    """
-    return regular_file(_place(roots, relative, where, what), relative, where=where, what=what)
-
-
-def regular_file(path: Path, name: str, *, where: str, what: str) -> Path:
-    """Check that a path is a regular file, and return it.
-
-    Args:
-        name: name of the file, for messages. what: the modality, for messages.
-
-    Raises:
-        DataError: it does not exist, or is a folder, a pipe or a device.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):
-        fix = _case_hint(path) or "add the file"
-        raise DataError(DataCode.FILE_NOT_FOUND, f"{what} not found: {name}", where=where, fix=fix) from None
-    if not stat.S_ISREG(mode):
-        article = "an" if what[:1] in "aeiou" else "a"
-        raise DataError(
-            DataCode.NOT_A_REGULAR_FILE,
-            f"{name} is not a regular file",
-            where=where,
-            fix=f"use the path of {article} {what} file",
-        )
-    return path
-
-
-def _place(roots: Sequence[Path], relative: str, where: str, what: str) -> Path:
-    if "://" in relative:
-        fix = "download the file, and use its path relative to the data folder"
-        raise UnsafePathError(PathCode.OUTSIDE_ROOT, f"the {what} path is a URL, outside the data folder", where=where, fix=fix)
-    if "\0" in relative or relative.startswith(("\\", "~")) or relative[1:2] == ":":
-        raise _outside_root(where, what)
-    bases = [root.resolve() for root in roots]
-    absolute = relative.startswith("/")
-    allowed = bases[1:] if absolute else bases
-    try:
-        places = [path.resolve() for path in ([Path(relative)] if absolute else [base / relative for base in bases])]
-    except (OSError, RuntimeError, ValueError):  # a cycle of links, a lone surrogate
-        raise DataError(DataCode.FILE_NOT_FOUND, f"{what} not found: {relative}", where=where, fix="add the file") from None
-    if absolute and places[0].is_relative_to(bases[0]) and bases[0] not in allowed:
-        fix = f"write {places[0].relative_to(bases[0])}"
-        what = f"the {what} path is absolute, but has to be relative to the data folder"
-        raise UnsafePathError(PathCode.OUTSIDE_ROOT, what, where=where, fix=fix)
-    if not all(any(path.is_relative_to(base) for base in allowed) for path in places):
-        raise _outside_root(where, what)
-    return next((path for path in places[:-1] if os.path.exists(path)), places[-1])
-
-
-def _outside_root(where: str, what: str) -> UnsafePathError:
-    fix = "use a path relative to the data folder, or add --image-root DIR"
-    return UnsafePathError(PathCode.OUTSIDE_ROOT, f"the {what} path is outside the data folder", where=where, fix=fix)
-
-
-def _case_hint(path: Path) -> str:
-    """Suggest a file whose name differs only in case."""
-    try:
-        names = os.listdir(path.parent)
-    except (OSError, ValueError):
-        return ""
-    similar = [name for name in names if name.lower() == path.name.lower()]
-    return f"the folder has {similar[0]}: check upper and lower case" if similar else ""
-
-
-def root_to_name(roots: Sequence[Path], names: Sequence[str]) -> str:
-    """Suggest the root of files that do not exist, from folders nearby."""
-    nearby = [roots[0].parent, *(folder for parent in (roots[0], roots[0].parent) for folder in _folders(parent))]
-    for folder in nearby:
-        if all(os.path.isfile(folder / name) for name in names[:3]):
-            return f"add --image-root {folder}"
-    return "add --image-root DIR, the folder that contains them"
-
-
-def _folders(parent: Path) -> list[Path]:
-    try:
-        return sorted(item for item in parent.iterdir() if item.is_dir())[:_MAX_FOLDERS]
-    except OSError:
-        return []
 
 
 # -- checking many files
@@ -207,7 +102,7 @@ def _folders(parent: Path) -> list[Path]:
 
 def inspect_files(
     modality: Files,
-    roots: Sequence[Path],
+    files: FileSource | Sequence[Path],
     names: Sequence[str],
     config: DataConfig,
     *,
@@ -220,12 +115,12 @@ def inspect_files(
         known: earlier results; unchanged files are not read again.
         advance: called with (files checked, files to check).
     """
-    known = known or {}
-    infos = {name: known[name] for name in names if name in known and _unchanged(roots, name, known[name])}
+    known, files = known or {}, as_source(files)
+    infos = {name: known[name] for name in names if name in known and files.is_unchanged(name, known[name].stamp)}
     rest = [name for name in names if name not in infos]
-    with ThreadPoolExecutor(processor_count()) as pool:  # decoding releases the GIL
+    with ThreadPoolExecutor(files.at_once or processor_count()) as pool:  # decoding releases the GIL
         for start in range(0, len(rest), 512):
-            futures = [pool.submit(_look, modality, roots, name, config) for name in rest[start : start + 512]]
+            futures = [pool.submit(_look, modality, files, name, config) for name in rest[start : start + 512]]
             for done, future in enumerate(as_completed(futures), start=start + 1):
                 name, info = future.result()
                 infos[name] = info
@@ -238,23 +133,12 @@ def processor_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _unchanged(roots: Iterable[Path], name: str, info: FileInfo) -> bool:
-    for root in roots:
-        try:
-            now = os.stat(f"{root}/{name}" if not name.startswith("/") else name)
-        except (OSError, ValueError):
-            continue
-        return now.st_size == info.size and now.st_mtime_ns == info.mtime
-    return False
-
-
-def _look(modality: Files, roots: Sequence[Path], name: str, config: DataConfig) -> tuple[str, FileInfo]:
+def _look(modality: Files, files: FileSource, name: str, config: DataConfig) -> tuple[str, FileInfo]:
     info = FileInfo()
     try:
-        path = resolve_inside(roots, name, where="", what=modality.name)
-        status = path.stat()
-        info = info._replace(size=status.st_size, mtime=status.st_mtime_ns)
-        content = read_content(path, name, "")
+        stamp = files.stamp(name, where="", what=modality.name)
+        info = info._replace(size=stamp.size, mtime=stamp.version)
+        content = files.read(name, where="", what=modality.name)
         info = info._replace(digest=hashlib.blake2b(content, digest_size=16).digest())
         began = time.perf_counter()
         seen = modality.inspect(content, name, config)

@@ -14,7 +14,8 @@ from PIL import Image, ImageOps
 
 from mopefuse.core.error_codes import DataCode, NumericCode, PathCode
 from mopefuse.errors import DataError, NumericError
-from mopefuse.modalities.files import FileInfo, Files, read_content, regular_file, resolve_inside
+from mopefuse.modalities.file_source import FileSource, as_source, read_content, regular_file
+from mopefuse.modalities.files import FileInfo, Files
 
 if TYPE_CHECKING:  # bundles run without pydantic
     from mopefuse.config.schema import Data as DataConfig
@@ -53,20 +54,22 @@ _UNREADABLE = {  # kinds of findings, by how the message of the decoder starts
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def open_image(roots: Sequence[Path], relative: str, *, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    files: FileSource | Sequence[Path], relative: str, *, where: str, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Read an image as upright RGB: EXIF orientation applied, transparency over white, first frame of an animation.
 
     Args:
-        roots: folders that may contain it, see `resolve_inside`.
+        files: where it is, or the folders that may contain it.
         where: file and line of the row, for messages.
         max_pixels: larger images are rejected by their header, before anything is decoded.
 
     Raises:
-        DataError: the path is outside `roots` or not a regular file, or the file is not an image of `FORMATS`, too large,
+        DataError: the path is outside `files` or not a regular file, or the file is not an image of `FORMATS`, too large,
             or truncated.
     """
-    path = resolve_inside(roots, relative, where=where, what="image")
-    return _decoded(read_content(path, relative, where), relative, where=where, max_pixels=max_pixels)[0]
+    content = as_source(files).read(relative, where=where, what="image")
+    return _decoded(content, relative, where=where, max_pixels=max_pixels)[0]
 
 
 def _decoded(

@@ -191,11 +191,11 @@ def _example(report: Report, finding: Finding) -> Example:
         pictures.append(_picture_of(report, finding.split, finding.row))
     if finding.twin >= 0:
         pictures.append(_picture_of(report, "train", finding.twin))
-    head = first_bytes(report.roots, finding.image) if finding.kind in _DAMAGED else b""
+    head = first_bytes(report.files, finding.image) if finding.kind in _DAMAGED else b""
     return Example(finding.kind, finding.severity, finding.message, finding.place, tuple(pictures), tuple(dump(head)))
 
 
 def _picture_of(report: Report, split: str, number: int) -> Picture:
     row = report.row(split, number)
     place, text = f"{report.indexes[split].file}:{row.line}, id {row.id}", text_of(row)[:_TEXT]
-    return picture_of(row, report.roots, max_pixels=report.config.max_pixels, place=place, text=text)
+    return picture_of(row, report.files, max_pixels=report.config.max_pixels, place=place, text=text)

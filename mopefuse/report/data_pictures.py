@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from mopefuse.config.schema import Data as DataConfig
-from mopefuse.errors import DataError
+from mopefuse.errors import DataError, MopefuseError
 from mopefuse.inference.mask_files import overlay
-from mopefuse.modalities.files import resolve_inside
+from mopefuse.modalities.file_source import FileSource
 from mopefuse.modalities.image import open_image
 from mopefuse.modalities.masks import MASKS, resized
 from mopefuse.report.pages import thumbnail
@@ -33,29 +31,28 @@ class Picture:
 
 
 def picture(
-    roots: Sequence[Path], name: str, *, max_pixels: int, place: str = "", text: str = "", mask: str = ""
+    files: FileSource, name: str, *, max_pixels: int, place: str = "", text: str = "", mask: str = ""
 ) -> Picture:
-    """A thumbnail of an image, or a description of its error; nothing outside `roots` is opened.
+    """A thumbnail of an image, or a description of its error; nothing outside `files` is opened.
 
     Args:
         mask: file of a mask that is shown on the image.
     """
     try:
-        image = open_image(roots, name, where=place, max_pixels=max_pixels)
+        image = open_image(files, name, where=place, max_pixels=max_pixels)
     except DataError as error:
         return Picture(name, instead=error.what, place=place, text=text)
     sides = f"{image.width} x {image.height} pixels"
     if mask:
         with suppress(DataError):
-            ids = MASKS.read(mask, roots, where=place, config=DataConfig(max_pixels=max_pixels))
+            ids = MASKS.read(mask, files, where=place, config=DataConfig(max_pixels=max_pixels))
             image = overlay(image, resized(ids, (image.height, image.width)), 256)
     return Picture(name, thumbnail(image), sides, max(image.size) < _SMALL, place=place, text=text)
 
 
-def first_bytes(roots: Sequence[Path], name: str) -> bytes:
-    """The beginning of a file in `roots`; nothing if there is no such file."""
+def first_bytes(files: FileSource, name: str) -> bytes:
+    """The beginning of a file; nothing if there is no such file."""
     try:
-        with resolve_inside(roots, name, where="", what="file").open("rb") as file:
-            return file.read(_HEAD)
-    except (DataError, OSError):
+        return files.read(name, where="", what="file")[:_HEAD]
+    except MopefuseError:
         return b""

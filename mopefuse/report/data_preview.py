@@ -6,13 +6,13 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data.index import Index
 from mopefuse.data.subsets import random_order
 from mopefuse.data.summary import rows_of
+from mopefuse.modalities.file_source import FileSource
 from mopefuse.modalities.files import processor_count
 from mopefuse.report.data_pictures import Picture
 from mopefuse.report.pages import render
@@ -40,7 +40,7 @@ class Card:
 
 
 def preview_page(
-    index: Index, roots: Sequence[Path], config: DataConfig, *, name: str, rows: int, seed: int
+    index: Index, files: FileSource, config: DataConfig, *, name: str, rows: int, seed: int
 ) -> tuple[str, int]:
     """The sheet as HTML, and how many rows are on it.
 
@@ -52,7 +52,7 @@ def preview_page(
     def card(number: int) -> Card:
         row = read[number]
         mask = row.labels[0] if index.masks is not None else ""
-        found = picture_of(row, roots, max_pixels=config.max_pixels, mask=mask)
+        found = picture_of(row, files, max_pixels=config.max_pixels, mask=mask)
         whole = text_of(row)
         text, length = whole[:_MAX_CHARACTERS], len(whole)
         return Card(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from mopefuse.data.base import Row
 from mopefuse.modalities.base import get_modality
+from mopefuse.modalities.file_source import FileSource
 from mopefuse.report.data_pictures import Picture, picture
 
 
@@ -30,11 +28,11 @@ def other_files(row: Row) -> list[str]:
 
 
 def picture_of(
-    row: Row, roots: Sequence[Path], *, max_pixels: int, place: str = "", text: str = "", mask: str = ""
+    row: Row, files: FileSource, *, max_pixels: int, place: str = "", text: str = "", mask: str = ""
 ) -> Picture:
     """The picture of a row; otherwise a description of its error, or the names of the row's other files."""
     name = picture_name(row)
     if name:
-        return picture(roots, name, max_pixels=max_pixels, place=place, text=text, mask=mask)
-    files = ", ".join(other_files(row))
-    return Picture(files, instead=files or "no picture", place=place, text=text)
+        return picture(files, name, max_pixels=max_pixels, place=place, text=text, mask=mask)
+    names = ", ".join(other_files(row))
+    return Picture(names, instead=names or "no picture", place=place, text=text)

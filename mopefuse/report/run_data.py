@@ -122,7 +122,7 @@ class RunFacts:
     def picture(self, row: Row) -> Picture:
         """The image of a row, or a description of its error."""
         where = self.data.splits[self.split].where(row)
-        return picture_of(row, self.data.image_roots, max_pixels=self.config.data.max_pixels, place=where)
+        return picture_of(row, self.data.files, max_pixels=self.config.data.max_pixels, place=where)
 
     def card(self, number: int) -> dict[str, Any]:
         """What every card of a sample shows: its id, its image and the beginning of its text."""

@@ -20,6 +20,7 @@ from mopefuse.core.formatting import several
 from mopefuse.core.tensor_files import read_tensors
 from mopefuse.data.base import DataSet
 from mopefuse.data.load import has_split_column, load_data
+from mopefuse.data.storage.paths import data_path
 from mopefuse.encoders.base import Encoder, full_spec
 from mopefuse.encoders.description import SOURCES, differences, other_versions
 from mopefuse.errors import CheckpointError, DataError, Notice
@@ -231,6 +232,7 @@ def with_data_path(config: DataConfig, path: Path | None, layout: Mapping[str, A
     """
     if path is None:
         return config
+    path = data_path(path)
     own = {"labels": None, "val_fraction": None, "test_fraction": None, "shots": None, "fraction": None}
     if not has_split_column(path, config):
         own["split_col"] = None

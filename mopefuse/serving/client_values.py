@@ -14,7 +14,7 @@ from mopefuse.core.error_codes import DataCode, RequestCode
 from mopefuse.errors import DataError, MopefuseError, RequestError, error_from_dict
 from mopefuse.inference.predict import Prediction
 from mopefuse.modalities import base as modality
-from mopefuse.modalities.files import read_content, regular_file
+from mopefuse.modalities.file_source import read_content, regular_file
 from mopefuse.modalities.masks import decode_runs
 
 if TYPE_CHECKING:

@@ -1,0 +1,223 @@
+"""Tar shards in the format of WebDataset: members whose names are equal up to the first dot make a row.
+
+A shard is read once, from start to end; the cache keeps its rows and where its files are, so that rows can then be read in any
+order. The parts of a row, by the end of the name:
+
+* ``json``: an object whose keys are columns; ``txt``: the text; ``cls``: the label;
+* an image (``jpg``, ``png``, ...): the image; another file, such as ``wav``: the column of that name;
+* ``COLUMN.txt``, ``COLUMN.cls``, ``COLUMN.png``, ...: that column.
+
+Shapes: M files of a shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core import cache
+from mopefuse.core.regular_files import open_regular
+from mopefuse.data.storage.name_table import name_key
+from mopefuse.data.storage.paths import file_system, is_remote, remote_errors
+from mopefuse.data.storage.table import TableRow, parse_json_line
+from mopefuse.modalities.file_source import Stamp
+
+VERSION = 1
+NAMES = "__files__"
+"""Key of a row that gives, by part of the name, the name of each file in the data set: equal names stand for equal files."""
+_ROWS, _FILES = "rows.jsonl", "files.npz"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+_TEXTS = ("json", "txt", "cls", "id")
+_MAX_TEXT = 64 << 20  # bytes
+_READ_AHEAD = 8 << 20  # bytes of a remote shard that are read at once
+
+
+@dataclass
+class Shard:
+    """What a tar file contains.
+
+    Args:
+        digest: digest of its rows, and of the names and sizes of its files.
+        problem: why it could not be read to its end; empty if it could.
+        key_M, start_M, size_M: `name_key` of the name in rows, first byte and size of each file.
+        lines: the samples as JSON; empty if they are in `folder`.
+        folder: the entry of the cache.
+    """
+
+    path: Path
+    stamp: Stamp
+    digest: str
+    problem: str
+    key_M: NDArray[np.uint64]
+    start_M: NDArray[np.int64]
+    size_M: NDArray[np.int64]
+    lines: list[str] = field(default_factory=list)
+    folder: Path | None = None
+
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """Of each row: "key"; "texts", and "files", names in rows, by their part of the name; "problem", what is wrong."""
+        if self.folder is None:
+            yield from map(json.loads, self.lines)
+            return
+        with (self.folder / _ROWS).open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+
+def open_shard(path: Path, stamp: Stamp) -> Shard:
+    """Read what a tar file contains, or find it in the cache.
+
+    Raises:
+        OSError: a local file cannot be read. DataError: a remote one cannot.
+    """
+    key = cache.make_key(VERSION, path.resolve(), *stamp)
+    found = cache.find("shards", key)
+    if found is not None:
+        folder, facts = found
+        with np.load(folder / _FILES, allow_pickle=False) as arrays:
+            key_M, start_M, size_M = (arrays[name] for name in ("key", "start", "size"))
+        return Shard(path, stamp, facts["digest"], facts["problem"], key_M, start_M, size_M, folder=folder)
+    shard = _scan(path, stamp)
+
+    def write(folder: Path) -> None:
+        (folder / _ROWS).write_text("".join(f"{line}\n" for line in shard.lines), encoding="utf-8")
+        np.savez(folder / _FILES, key=shard.key_M, start=shard.start_M, size=shard.size_M)
+
+    facts = {"digest": shard.digest, "problem": shard.problem, "rows": len(shard.lines), "root": str(path)}
+    cache.store("shards", key, write, facts)
+    return shard
+
+
+# -- reading a tar file
+
+
+class _Sample:
+    """The members of a row, collected one after another."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.texts: dict[str, str] = {}
+        self.members: dict[str, tuple[str, int, int]] = {}  # name, first byte and size of each file
+        self.problem = ""
+
+    def add_text(self, part: str, content: bytes) -> None:
+        """Add a member that is text."""
+        try:
+            self.texts[part] = content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            self.problem = f"({self.key}) has the part {part}, which is not UTF-8"
+
+    def names(self, shard: str) -> dict[str, str]:
+        """The name in rows of each file: the one in `NAMES`, or that of the member after the name of the shard."""
+        given: Any = {}
+        with suppress(ValueError, AttributeError):
+            given = json.loads(self.texts.get("json", "{}")).get(NAMES, {})
+        given = given if isinstance(given, dict) else {}
+        return {part: str(given.get(part) or f"{shard}/{name}") for part, (name, _, _) in self.members.items()}
+
+
+def _scan(path: Path, stamp: Stamp) -> Shard:
+    samples: list[_Sample] = []
+    problem = ""
+    with _open(path) as file:
+        try:
+            archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the file is closed)
+            for member in archive:
+                _add(member, archive, samples)
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError("a header is damaged")
+        except tarfile.TarError as error:
+            problem = f"is damaged{f' after {samples[-1].key}' if samples else ''}: {error}"
+    files: list[tuple[int, int, int]] = []
+    lines, content = [], hashlib.sha256(problem.encode())
+    for sample in samples:
+        names = sample.names(path.name)
+        lines.append(json.dumps({"key": sample.key, "texts": sample.texts, "files": names, "problem": sample.problem}))
+        content.update(json.dumps([sample.key, sample.texts, sample.members]).encode())
+        files += [(name_key(names[part]), start, size) for part, (_, start, size) in sample.members.items()]
+    keys, starts, sizes = zip(*files, strict=True) if files else ((), (), ())
+    return Shard(
+        path=path,
+        stamp=stamp,
+        digest=content.hexdigest(),
+        problem=problem,
+        key_M=np.array(keys, dtype=np.uint64),
+        start_M=np.array(starts, dtype=np.int64),
+        size_M=np.array(sizes, dtype=np.int64),
+        lines=lines,
+    )
+
+
+def _add(member: tarfile.TarInfo, archive: tarfile.TarFile, samples: list[_Sample]) -> None:
+    """Add a member to the last sample, or start the next one."""
+    if not member.isreg():
+        return
+    key, part = _split_name(member.name)
+    if not samples or samples[-1].key != key:
+        samples.append(_Sample(key))
+    if part.rpartition(".")[2] in _TEXTS and member.size <= _MAX_TEXT:
+        samples[-1].add_text(part, cast(BinaryIO, archive.extractfile(member)).read())
+    elif part:
+        samples[-1].members[part] = (member.name, member.offset_data, member.size)
+
+
+def _open(path: Path) -> BinaryIO:
+    if not is_remote(path):
+        return open_regular(path)
+    with remote_errors(path):
+        opened = file_system(path).open(cast(Any, path).path, "rb", cache_type="readahead", block_size=_READ_AHEAD)
+    return cast(BinaryIO, opened)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Split the name of a member: the key of its row, and the part, in lower case."""
+    folder, slash, last = name.removeprefix("./").rpartition("/")
+    stem, _, part = last.partition(".")
+    return f"{folder}{slash}{stem}", part.lower()
+
+
+# -- rows
+
+
+def shard_rows(shard: Shard, first_line: int, config: DataConfig) -> Iterator[TableRow]:
+    """The rows of a shard, with the columns of `config`.
+
+    Args:
+        first_line: number of the first row.
+    """
+    line = first_line
+    for sample in shard.samples():
+        yield TableRow(line, sample["problem"] or _row(sample, shard, config))
+        line += 1
+    if shard.problem:
+        yield TableRow(line, f"({shard.path.name}) {shard.problem}; replace it with the complete file")
+
+
+def _row(sample: dict[str, Any], shard: Shard, config: DataConfig) -> dict[str, Any] | str:
+    row: dict[str, Any] = {}
+    for part, text in sample["texts"].items():
+        column, _, kind = part.rpartition(".")
+        if kind == "json":
+            value = parse_json_line(text.encode())
+            if isinstance(value, str):
+                return f"({sample['key']}) has the part {part}, which {value}"
+            row |= {column: value} if column else value
+        else:
+            default = {"cls": config.label_col, "id": config.id_col}.get(kind, config.text_col)
+            row[column or default] = text.strip() if kind in ("cls", "id") else text
+    row.pop(NAMES, None)
+    for part, name in sample["files"].items():
+        column, _, kind = part.rpartition(".")
+        row[column or (config.img_col if f".{kind}" in IMAGE_SUFFIXES else kind)] = name
+    row.setdefault(config.id_col, f"{shard.path.stem}/{sample['key']}")
+    return row
