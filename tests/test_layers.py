@@ -158,7 +158,7 @@ def test_training_does_not_import_the_export_runtime() -> None:
 NAMES_OF_MODALITIES = {"image", "img", "text", "audio"}
 MAY_NAME_THEM = {  # modalities are data: all other modules use `mopefuse.modalities.base`
     "modalities.base": "which two the Python interface takes by position",
-    "config.schema": "the defaults of text_col and img_col",
+    "config.data_section": "the defaults of text_col and img_col",
     "data.columns": "what is expected of a table where little is there, and the flags for it",
     "modalities.image": "the reader of images",
     "data.findings": "the key of --json output that names a file",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mopefuse.cli import data_cache, data_check
+from mopefuse.cli import data_cache, data_check, data_pack
 from mopefuse.cli._data_set_options import DataSetCommand, given_options
 from mopefuse.cli.settings import add_command
 from mopefuse.cli.shared_options import Json, Seed
@@ -63,6 +63,9 @@ def make(
         print_json({"ok": True, "folder": str(folder), "rows": counts})
         return
     table(str(folder), ["split", "rows"], [[split, f"{number:,}"] for split, number in counts.items()])
+
+
+add_command(app, "pack", data_pack.pack, group="data")
 
 
 @app.command("prepare", cls=DataSetCommand)

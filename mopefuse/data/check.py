@@ -42,7 +42,7 @@ from mopefuse.data.summary import Advance, Texts, Tokens, count_labels, describe
 from mopefuse.data.tables import find_tables
 from mopefuse.errors import DataError
 from mopefuse.modalities.base import get_modality
-from mopefuse.modalities.file_source import FileSource, Folders
+from mopefuse.modalities.file_source import FileSource
 from mopefuse.tasks.base import Task
 
 Indexes = dict[str, Index]
@@ -279,7 +279,7 @@ class _Reading:
 
     def __init__(self, *, path: Path, config: DataConfig, fresh: bool, advance: Advance) -> None:
         self.path, self.config, self.fresh = path, config, fresh
-        self.files: FileSource = Folders([data_folder(path)])
+        self.files = open_files(path, config, ())
         self.modalities: tuple[str, ...] = ()
         self.files_read = Counter[str]()
         self._advance = advance

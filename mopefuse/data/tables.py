@@ -57,12 +57,13 @@ def find_tables(
             return {"": _table(path, config, advance)}
         if not path.is_dir():
             if is_pattern(path):
-                return {"": shards_table(pattern_shards(path), config, advance=advance)}
+                shards, root = pattern_shards(path)
+                return {"": shards_table(shards, config, root, advance=advance)}
             raise _not_found(path)
         tables = {split: _split_table(path, split, config, advance) for split in splits}
         found = {split: table for split, table in tables.items() if table is not None}
-        if not found and (shards := unnamed_shards(path)):
-            return {"": shards_table(shards, config, advance=advance)}
+        if not found and (unnamed := unnamed_shards(path)):
+            return {"": shards_table(unnamed, config, path, advance=advance)}
         return found
 
 
@@ -78,7 +79,7 @@ def _split_table(path: Path, split: str, config: DataConfig, advance: Callable[[
             DataCode.SPLIT_TWICE, f"the {split} split has two tables: {names}", where=str(path), fix="remove one of them"
         )
     if shards:
-        return shards_table(shards, config, advance=advance)
+        return shards_table(shards, config, path, advance=advance)
     return _table(found[0], config, advance) if found else None
 
 
@@ -108,7 +109,7 @@ def _table(path: Path, config: DataConfig, advance: Callable[[int, int], None]) 
         return _image_folder(path, config)
     kind = path.suffix.lower()
     if kind in SHARD_SUFFIXES:
-        return shards_table([path], config, advance=advance)
+        return shards_table([path], config, path.parent, advance=advance)
     content = read_bytes(path)
     digest = hashlib.sha256(content).hexdigest()
     for start, name in _MAGIC.items():

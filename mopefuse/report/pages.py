@@ -19,6 +19,7 @@ from PIL import Image
 from mopefuse import __version__
 from mopefuse.core.atomic_files import check_file, write_atomically
 from mopefuse.core.error_codes import ConfigCode, DataCode
+from mopefuse.data.storage.paths import is_remote
 from mopefuse.errors import ConfigError, DataError
 from mopefuse.report.chart import Chart, readable
 from mopefuse.report.embedding import embed
@@ -116,7 +117,7 @@ def check_place(page: Path, data: Path | None) -> None:
         DataError: such a place. ConfigError: see `check_file`.
     """
     check_file(page, where="--html or --out")
-    if data is not None and data.is_dir() and page.resolve().is_relative_to(data.resolve()):
+    if data is not None and not is_remote(data) and data.is_dir() and page.resolve().is_relative_to(data.resolve()):
         raise DataError(
             DataCode.PAGE_INSIDE_DATA,
             "the page would be inside the data folder",

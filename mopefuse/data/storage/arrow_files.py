@@ -5,6 +5,7 @@ Shapes: K columns of packed shards.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -20,6 +21,8 @@ from mopefuse.data.storage.paths import is_remote
 from mopefuse.errors import DataError
 from mopefuse.modalities.file_source import FileSource, Stamp
 
+_CELL = re.compile(r"(.+?\.(?:parquet|arrow))/(\d{1,18})/(.+)", re.DOTALL)
+
 
 class ArrowCells(FileSource):
     """Files in cells, by their names in rows; of equal names, the first file counts.
@@ -30,7 +33,7 @@ class ArrowCells(FileSource):
 
     def __init__(self, shards: Sequence[ArrowFile], kept: ByteCache) -> None:
         self._shards, self._cache = tuple(shards), kept
-        self._by_name = {shard.path.name: shard for shard in shards}
+        self._by_name = {shard.name: shard for shard in shards}
 
     def stamp(self, name: str, *, where: str, what: str) -> Stamp:
         """See `FileSource.stamp`; the size of the file that has the cell stands for that of the cell."""
@@ -44,7 +47,7 @@ class ArrowCells(FileSource):
             content = self._fetch(shard, row, column) if is_remote(shard.path) else shard.read_cell(row, column)[0]
         except DataError as error:
             reason = error.what.partition(" is damaged: ")[2] or error.what
-            message = f"{name} cannot be read from {shard.path.name}: {reason}"
+            message = f"{name} cannot be read from {shard.name}: {reason}"
             raise DataError(DataCode.FILE_UNREADABLE, message, where=where, fix=error.fix) from None
         return content or b""
 
@@ -84,12 +87,11 @@ class ArrowCells(FileSource):
             number = int(np.searchsorted(self._first_K, place, side="right")) - 1
             shard, column = self._columns[number]
             return shard, place - int(self._first_K[number]), column
-        file, _, rest = name.partition("/")
-        row, _, column = rest.partition("/")
-        found = self._by_name.get(file)
-        if found is None or not row.isdecimal() or column not in found.file_columns or int(row) >= found.starts_G1[-1]:
+        parts = _CELL.fullmatch(name)
+        found = self._by_name.get(parts[1]) if parts is not None else None
+        if parts is None or found is None or parts[3] not in found.file_columns or int(parts[2]) >= found.starts_G1[-1]:
             return None
-        return found, int(row), column
+        return found, int(parts[2]), parts[3]
 
     @cached_property
     def _columns(self) -> list[tuple[ArrowFile, str]]:

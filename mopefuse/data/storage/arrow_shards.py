@@ -34,15 +34,15 @@ class ArrowFile:
     """A Parquet or Arrow file.
 
     Attributes:
-        path, stamp: the file. packed: see `PACKED`.
+        path, stamp: the file. name: its name in the data set. packed: see `PACKED`.
         file_columns: the columns whose cells are files. starts_G1: number of the first row of each group, and of all rows.
 
     Raises:
         DataError: it cannot be read, or pyarrow is not installed.
     """
 
-    def __init__(self, path: Path, stamp: Stamp) -> None:
-        self.path, self.stamp = path, stamp
+    def __init__(self, path: Path, name: str, stamp: Stamp) -> None:
+        self.path, self.name, self.stamp = path, name, stamp
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[int, str], Any] = OrderedDict()
         self._opened: tuple[int, Any] = (-1, None)  # by this process
@@ -79,7 +79,7 @@ class ArrowFile:
 
     def name_of(self, row: int, column: str) -> str:
         """The name in rows of the file in a cell."""
-        return f"{self.path.name}/{row}/{column}"
+        return f"{self.name}/{row}/{column}"
 
     def paths(self, column: str) -> Iterator[str]:
         """The path of the file in each row, of a column of structs; empty where there is none."""

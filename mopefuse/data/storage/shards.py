@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mopefuse.config.schema import Data as DataConfig
@@ -77,8 +77,8 @@ def _items(folder: Path) -> list[Path]:
     return sorted(folder.iterdir(), key=lambda item: item.name) if folder.is_dir() else []
 
 
-def pattern_shards(pattern: Path) -> list[Path]:
-    """The shards that a pattern stands for.
+def pattern_shards(pattern: Path) -> tuple[list[Path], Path]:
+    """The shards that a pattern stands for, and the folder that contains all of them.
 
     Raises:
         DataError: there are none, or one of them does not exist or is not a shard.
@@ -91,39 +91,37 @@ def pattern_shards(pattern: Path) -> list[Path]:
     if odd is not None:
         fix = f"use a pattern for {', '.join(SHARD_SUFFIXES)} files, or pass one table"
         raise DataError(DataCode.NOT_A_TABLE, f"{odd.name} is not a shard", where=str(pattern), fix=fix)
-    return found
+    root = found[0].parent
+    while not all(root in path.parents for path in found):
+        root = root.parent
+    return found, root
 
 
 def shards_table(
-    paths: Sequence[Path], config: DataConfig, *, advance: Callable[[int, int], None] = lambda done, total: None
+    paths: Sequence[Path], config: DataConfig, root: Path, *, advance: Callable[[int, int], None] = lambda done, total: None
 ) -> Table:
     """The rows of some shards, one after another.
 
     Args:
+        root: the folder that the names of shards are relative to.
         advance: called with (shards opened, shards).
 
     Raises:
-        DataError: a shard cannot be read, or they have several formats or equal names.
+        DataError: a shard cannot be read, or they have several formats.
     """
     kinds = {path.suffix for path in paths}
     if len(kinds) > 1:
         what = f"shards have several formats: {', '.join(sorted(kinds))}"
         raise DataError(DataCode.NOT_A_TABLE, what, where=str(paths[0].parent), fix="use shards of one format")
-    if len({path.name for path in paths}) < len(paths):
-        name = next(path.name for path in paths if sum(other.name == path.name for other in paths) > 1)
-        raise DataError(DataCode.SPLIT_TWICE, f"two shards have the name {name}", where=str(paths[0]), fix="rename one of them")
-    stamps = [_stamp(path) for path in paths]
-    opened = _tar_table if paths[0].suffix == TAR else _arrow_table
-    return opened(paths, stamps, config, advance)
+    named = {path.relative_to(root).as_posix(): path for path in paths}
+    return _tar_table(named, config, advance) if paths[0].suffix == TAR else _arrow_table(named, config, advance)
 
 
-def _tar_table(
-    paths: Sequence[Path], stamps: Sequence[Stamp], config: DataConfig, advance: Callable[[int, int], None]
-) -> Table:
+def _tar_table(paths: Mapping[str, Path], config: DataConfig, advance: Callable[[int, int], None]) -> Table:
     shards = []
-    for path, stamp in zip(paths, stamps, strict=True):
+    for name, path in paths.items():
         with remote_errors(path):
-            shards.append(open_shard(path, stamp))
+            shards.append(open_shard(path, name, _stamp(path)))
         advance(len(shards), len(paths))
 
     def rows() -> Iterator[TableRow]:
@@ -134,16 +132,15 @@ def _tar_table(
                 line = row.line
 
     digest = cache.make_key(*(shard.digest for shard in shards))
-    return Table(_name(paths), digest, rows, files=TarFiles(shards, kept_files(config)))
+    return Table(_name([*paths]), digest, rows, files=TarFiles(shards, kept_files(config)))
 
 
-def _arrow_table(
-    paths: Sequence[Path], stamps: Sequence[Stamp], config: DataConfig, advance: Callable[[int, int], None]
-) -> Table:
+def _arrow_table(paths: Mapping[str, Path], config: DataConfig, advance: Callable[[int, int], None]) -> Table:
     digests, shards = [], []
-    for path, stamp in zip(paths, stamps, strict=True):
+    for name, path in paths.items():
+        stamp = _stamp(path)
         digests.append(_digest(path, stamp))
-        shards.append(ArrowFile(path, stamp))
+        shards.append(ArrowFile(path, name, stamp))
         advance(len(shards), len(paths))
 
     def rows() -> Iterator[TableRow]:
@@ -154,11 +151,11 @@ def _arrow_table(
 
     digest = digests[0] if len(digests) == 1 else cache.make_key(*digests)
     has_files = any(shard.file_columns for shard in shards)
-    return Table(_name(paths), digest, rows, files=ArrowCells(shards, kept_files(config)) if has_files else None)
+    return Table(_name([*paths]), digest, rows, files=ArrowCells(shards, kept_files(config)) if has_files else None)
 
 
-def _name(paths: Sequence[Path]) -> str:
-    return paths[0].name if len(paths) == 1 else f"{paths[0].name} and {several(len(paths) - 1, 'other shard')}"
+def _name(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {several(len(names) - 1, 'other shard')}"
 
 
 def _stamp(path: Path) -> Stamp:

@@ -79,5 +79,5 @@ class TarFiles(FileSource):
 
 
 def _unreadable(name: str, shard: Shard, reason: str, where: str) -> DataError:
-    what = f"{name} cannot be read from {shard.path.name}: {reason}"
+    what = f"{name} cannot be read from {shard.name}: {reason}"
     return DataError(DataCode.FILE_UNREADABLE, what, where=where, fix="replace the shard with the complete file")

@@ -28,16 +28,18 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core import cache
 from mopefuse.core.regular_files import open_regular
 from mopefuse.data.storage.name_table import name_key
-from mopefuse.data.storage.paths import file_system, is_remote, remote_errors
+from mopefuse.data.storage.paths import TAR, file_system, is_remote, remote_errors
 from mopefuse.data.storage.table import TableRow, parse_json_line
 from mopefuse.modalities.file_source import Stamp
 
 VERSION = 1
 NAMES = "__files__"
-"""Key of a row that gives, by part of the name, the name of each file in the data set: equal names stand for equal files."""
+"""Key of a row that `mopefuse data pack` wrote: by part of the name, the name of each file in the data set, which is also in
+the row. Equal names stand for equal files."""
 _ROWS, _FILES = "rows.jsonl", "files.npz"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-_TEXTS = ("json", "txt", "cls", "id")
+TEXTS = ("json", "txt", "cls", "id")
+"""Parts of a row that are texts, not files."""
 _MAX_TEXT = 64 << 20  # bytes
 _READ_AHEAD = 8 << 20  # bytes of a remote shard that are read at once
 
@@ -47,6 +49,7 @@ class Shard:
     """What a tar file contains.
 
     Args:
+        name: its name in the data set, before those of its files.
         digest: digest of its rows, and of the names and sizes of its files.
         problem: why it could not be read to its end; empty if it could.
         key_M, start_M, size_M: `name_key` of the name in rows, first byte and size of each file.
@@ -55,6 +58,7 @@ class Shard:
     """
 
     path: Path
+    name: str
     stamp: Stamp
     digest: str
     problem: str
@@ -65,7 +69,8 @@ class Shard:
     folder: Path | None = None
 
     def samples(self) -> Iterator[dict[str, Any]]:
-        """Of each row: "key"; "texts", and "files", names in rows, by their part of the name; "problem", what is wrong."""
+        """Of each row: "key"; "texts", and "files", names in rows, by their part of the name; "named", whether the row gives
+        these names; "problem", what is wrong with it."""
         if self.folder is None:
             yield from map(json.loads, self.lines)
             return
@@ -73,20 +78,23 @@ class Shard:
             yield from map(json.loads, lines)
 
 
-def open_shard(path: Path, stamp: Stamp) -> Shard:
+def open_shard(path: Path, name: str, stamp: Stamp) -> Shard:
     """Read what a tar file contains, or find it in the cache.
+
+    Args:
+        name: its name in the data set.
 
     Raises:
         OSError: a local file cannot be read. DataError: a remote one cannot.
     """
-    key = cache.make_key(VERSION, path.resolve(), *stamp)
+    key = cache.make_key(VERSION, path.resolve(), name, *stamp)
     found = cache.find("shards", key)
     if found is not None:
         folder, facts = found
         with np.load(folder / _FILES, allow_pickle=False) as arrays:
             key_M, start_M, size_M = (arrays[name] for name in ("key", "start", "size"))
-        return Shard(path, stamp, facts["digest"], facts["problem"], key_M, start_M, size_M, folder=folder)
-    shard = _scan(path, stamp)
+        return Shard(path, name, stamp, facts["digest"], facts["problem"], key_M, start_M, size_M, folder=folder)
+    shard = _scan(path, name, stamp)
 
     def write(folder: Path) -> None:
         (folder / _ROWS).write_text("".join(f"{line}\n" for line in shard.lines), encoding="utf-8")
@@ -116,16 +124,16 @@ class _Sample:
         except UnicodeDecodeError:
             self.problem = f"({self.key}) has the part {part}, which is not UTF-8"
 
-    def names(self, shard: str) -> dict[str, str]:
-        """The name in rows of each file: the one in `NAMES`, or that of the member after the name of the shard."""
-        given: Any = {}
+    def names(self, shard: str) -> tuple[dict[str, str], bool]:
+        """The name in rows of each file, and whether it is the one in `NAMES`, not that of the member in the shard."""
         with suppress(ValueError, AttributeError):
-            given = json.loads(self.texts.get("json", "{}")).get(NAMES, {})
-        given = given if isinstance(given, dict) else {}
-        return {part: str(given.get(part) or f"{shard}/{name}") for part, (name, _, _) in self.members.items()}
+            given = json.loads(self.texts.get("json", "{}")).get(NAMES)
+            if isinstance(given, dict) and all(isinstance(given.get(part), str) for part in self.members):
+                return {part: given[part] for part in self.members}, True
+        return {part: f"{shard}/{name}" for part, (name, _, _) in self.members.items()}, False
 
 
-def _scan(path: Path, stamp: Stamp) -> Shard:
+def _scan(path: Path, name: str, stamp: Stamp) -> Shard:
     samples: list[_Sample] = []
     problem = ""
     with _open(path) as file:
@@ -141,13 +149,15 @@ def _scan(path: Path, stamp: Stamp) -> Shard:
     files: list[tuple[int, int, int]] = []
     lines, content = [], hashlib.sha256(problem.encode())
     for sample in samples:
-        names = sample.names(path.name)
-        lines.append(json.dumps({"key": sample.key, "texts": sample.texts, "files": names, "problem": sample.problem}))
+        names, named = sample.names(name)
+        facts = {"key": sample.key, "texts": sample.texts, "files": names, "named": named, "problem": sample.problem}
+        lines.append(json.dumps(facts))
         content.update(json.dumps([sample.key, sample.texts, sample.members]).encode())
         files += [(name_key(names[part]), start, size) for part, (_, start, size) in sample.members.items()]
     keys, starts, sizes = zip(*files, strict=True) if files else ((), (), ())
     return Shard(
         path=path,
+        name=name,
         stamp=stamp,
         digest=content.hexdigest(),
         problem=problem,
@@ -165,7 +175,7 @@ def _add(member: tarfile.TarInfo, archive: tarfile.TarFile, samples: list[_Sampl
     key, part = _split_name(member.name)
     if not samples or samples[-1].key != key:
         samples.append(_Sample(key))
-    if part.rpartition(".")[2] in _TEXTS and member.size <= _MAX_TEXT:
+    if part.rpartition(".")[2] in TEXTS and member.size <= _MAX_TEXT:
         samples[-1].add_text(part, cast(BinaryIO, archive.extractfile(member)).read())
     elif part:
         samples[-1].members[part] = (member.name, member.offset_data, member.size)
@@ -200,7 +210,7 @@ def shard_rows(shard: Shard, first_line: int, config: DataConfig) -> Iterator[Ta
         yield TableRow(line, sample["problem"] or _row(sample, shard, config))
         line += 1
     if shard.problem:
-        yield TableRow(line, f"({shard.path.name}) {shard.problem}; replace it with the complete file")
+        yield TableRow(line, f"({shard.name}) {shard.problem}; replace it with the complete file")
 
 
 def _row(sample: dict[str, Any], shard: Shard, config: DataConfig) -> dict[str, Any] | str:
@@ -216,8 +226,8 @@ def _row(sample: dict[str, Any], shard: Shard, config: DataConfig) -> dict[str, 
             default = {"cls": config.label_col, "id": config.id_col}.get(kind, config.text_col)
             row[column or default] = text.strip() if kind in ("cls", "id") else text
     row.pop(NAMES, None)
-    for part, name in sample["files"].items():
+    for part, name in sample["files"].items() if not sample["named"] else ():
         column, _, kind = part.rpartition(".")
         row[column or (config.img_col if f".{kind}" in IMAGE_SUFFIXES else kind)] = name
-    row.setdefault(config.id_col, f"{shard.path.stem}/{sample['key']}")
+    row.setdefault(config.id_col, f"{shard.name.removesuffix(TAR)}/{sample['key']}")
     return row

@@ -1,0 +1,87 @@
+"""Data in other places than a folder: shards of several formats, and a server for S3 on this machine."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from conftest import call
+
+from mopefuse.config.schema import Data
+from mopefuse.data.base import DataSet
+from mopefuse.data.load import load_data
+
+BUCKET = "pairs"
+
+
+def packed(data: Path, out: Path, kind: str, *flags: object) -> Path:
+    """Pack a data set with the command line."""
+    done = call("data", "pack", data, out, "--format", kind, *flags)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def load(path: Path | str, **settings: Any) -> DataSet:
+    return load_data(Data(path=str(path), **settings), require=("train",))
+
+
+def contents(data: DataSet) -> dict[str, list[Any]]:
+    """Everything that a model learns from, by split, in order."""
+    config = Data()
+    return {
+        name: [
+            (row.id, row.labels, dict(row.values), data.read(split, row, "image", config).tobytes()) for row in split.rows
+        ]
+        for name, split in data.splits.items()
+    }
+
+
+def write_tar(path: Path, members: Mapping[str, bytes | str]) -> Path:
+    """Write a tar file as other tools do."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            data = content.encode() if isinstance(content, str) else content
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def upload(client: Any, folder: Path, prefix: str) -> str:
+    """Copy a folder to the server; returns its address."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        client.upload_file(str(file), BUCKET, f"{prefix}/{file.relative_to(folder).as_posix()}")
+    return f"s3://{BUCKET}/{prefix}"
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Any]:
+    """A client of an S3 server on this machine, which the environment names."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    address = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    with patch.dict(os.environ, {**address, **keys}):
+        client = boto3.client("s3")
+        client.create_bucket(Bucket=BUCKET)
+        yield client
+    server.stop()
+
+
+def losses(run: Path) -> list[Any]:
+    """Every line that training wrote, as it stands."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
