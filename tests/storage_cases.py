@@ -66,6 +66,7 @@ def upload(client: Any, folder: Path, prefix: str) -> str:
 def s3() -> Iterator[Any]:
     """A client of an S3 server on this machine, which the environment names."""
     import boto3
+    import s3fs
     from moto.server import ThreadedMotoServer
 
     with socket.socket() as free:
@@ -75,6 +76,7 @@ def s3() -> Iterator[Any]:
     server.start()
     address = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
     keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    s3fs.S3FileSystem.clear_instance_cache()  # of those that know another server
     with patch.dict(os.environ, {**address, **keys}):
         client = boto3.client("s3")
         client.create_bucket(Bucket=BUCKET)

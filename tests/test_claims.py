@@ -345,6 +345,19 @@ CLAIMS: dict[str, dict[str, str]] = {
         "full": "test_serve_ray::test_a_killed_replica_loses_no_request_and_is_replaced "
         "test_serve_ray::test_the_interface_is_that_of_the_server_on_one_machine",
     },
+    "shards and remote data have the rows, the order and the losses of the folder": {
+        "quick": "test_shards::test_shards_have_the_rows_of_the_folder "
+        "test_shards::test_the_same_rows_are_held_out_of_shards "
+        "test_shards::test_training_on_shards_takes_the_course_of_training_on_the_folder "
+        "test_shards::test_a_damaged_image_is_found_in_every_format "
+        "test_remote_data::test_an_unreachable_server_is_an_error",
+        "full": "test_remote_data::test_training_on_remote_data_takes_the_course_of_training_on_the_folder "
+        "test_remote_data::test_data_workers_read_remote_files test_remote_data::test_remote_files_are_fetched_once "
+        "test_remote_data::test_a_remote_image_that_changed_is_read_again "
+        "test_remote_data::test_rows_cannot_name_files_outside_the_remote_folder "
+        "test_remote_data::test_the_rows_of_remote_data_are_a_data_set_of_torch "
+        "test_remote_data::test_remote_data_that_do_not_exist_are_an_error",
+    },
     "the files for containers are valid and agree with the server": {
         "quick": "test_deploy::test_its_linter_accepts_it test_deploy::test_every_flag_exists test_deploy::test_ports_agree",
         "full": "test_deploy::test_the_slim_image_serves_bundles_and_ends_on_sigterm",

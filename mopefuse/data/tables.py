@@ -20,7 +20,7 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.error_codes import DataCode
 from mopefuse.data.base import SPLITS
 from mopefuse.data.csv_records import Record, Records, delimiter_of, name_of
-from mopefuse.data.storage.paths import SHARD_SUFFIXES, is_pattern, is_remote, read_range, remote_errors
+from mopefuse.data.storage.paths import SHARD_SUFFIXES, exists, is_pattern, is_remote, read_range, remote_errors
 from mopefuse.data.storage.shards import find_shards, pattern_shards, shards_table, unnamed_shards
 from mopefuse.data.storage.table import Table, TableRow, parse_json_line
 from mopefuse.data.storage.tar_shards import IMAGE_SUFFIXES as IMAGE_SUFFIXES
@@ -84,10 +84,12 @@ def _split_table(path: Path, split: str, config: DataConfig, advance: Callable[[
 
 
 def _lexists(path: Path) -> bool:
-    return path.exists() if is_remote(path) else os.path.lexists(path)
+    return exists(path) if is_remote(path) else os.path.lexists(path)
 
 
 def _not_found(path: Path) -> DataError:
+    """The error for data that do not exist; a remote path that cannot be reached raises its own."""
+    exists(path)
     siblings = _siblings(path)
     stems = similar_names(path.stem, {item.stem for item in siblings})
     similar = [item for stem in stems for item in siblings if item.stem == stem]

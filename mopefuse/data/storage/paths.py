@@ -34,7 +34,7 @@ def data_path(text: str | Path) -> Path:
     Raises:
         DataError: the scheme is unknown. PackageError: its package is not installed.
     """
-    if isinstance(text, Path):
+    if not isinstance(text, str):
         return text
     if text.startswith("hf:") and not text.startswith("hf://") and not Path(text).exists():
         text = f"hf://datasets/{text.removeprefix('hf:')}"
@@ -119,6 +119,22 @@ def remote_stamp(facts: dict[str, Any]) -> Stamp:
     """The stamp of a remote file, from what fsspec says about it."""
     version = next((f"{key} {facts[key]}" for key in _VERSIONS if facts.get(key)), "")
     return Stamp(int(facts.get("size") or 0), int.from_bytes(digest(version)[:7], "big"))
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder.
+
+    Raises:
+        DataError: a remote path cannot be reached, which `Path.exists` does not tell from a missing one.
+    """
+    if not is_remote(path):
+        return path.exists()
+    with remote_errors(path):
+        try:
+            file_system(path).info(cast(Any, path).path)
+        except FileNotFoundError:
+            return False
+        return True
 
 
 # -- patterns
