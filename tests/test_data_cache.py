@@ -22,7 +22,8 @@ from mopefuse.data.image_cache import pictures
 from mopefuse.data.load import load_data
 from mopefuse.encoders.base import create_encoder, run_frozen
 from mopefuse.modalities import base as modality
-from mopefuse.modalities.files import Files, inspect_files
+from mopefuse.modalities.files import Files
+from mopefuse.modalities.inspect_files import inspect_files
 from mopefuse.training.listener import Listener
 from mopefuse.training.train import train
 
@@ -242,8 +243,8 @@ def test_unchanged_images_are_not_read_again(photos: Path) -> None:
     (photos / names[2]).write_bytes(b"")
     changed = inspect_files(kind, [photos], names, how, known=looks, advance=lambda *progress: reading.append(progress))
     assert reading == [(1, 1)]
-    assert [name for name in names if changed[name] != looks[name]] == [names[2]]
-    assert changed[names[2]].code == "MF-DATA-13"
+    assert [number for number in range(4) if changed[number] != looks[number]] == [2]
+    assert changed[2].code == "MF-DATA-13"
 
 
 def test_an_image_damaged_after_the_index_was_built_is_detected(photos: Path) -> None:

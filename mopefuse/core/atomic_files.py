@@ -66,6 +66,15 @@ def temporary_name(target: Path, kind: str = TEMPORARY) -> Iterator[Path]:
         _in_use.discard(path.absolute())
 
 
+def lasting_temporary(target: Path) -> Path:
+    """A path beside `target` that no other process or thread uses; a file that is still there is swept after this process."""
+    with suppress(OSError):
+        remove_leftovers(target.parent, target.name)
+    path = target.with_name(f"{target.name}{TEMPORARY}{next(_counter)}-{os.getpid()}")
+    _in_use.add(path.absolute())
+    return path
+
+
 def _remove(path: Path) -> None:
     """Remove a file or folder; another process may be removing it at the same time.
 

@@ -7,18 +7,24 @@ Shapes: S valid rows of a split, I files of a modality.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data.base import Problem
 from mopefuse.data.labels import Labels
+from mopefuse.data.row_store import RowStore
+from mopefuse.modalities.file_infos import FileInfos
 from mopefuse.modalities.files import MISSING, FileInfo
 from mopefuse.modalities.masks import NAME as MASK
+from mopefuse.modalities.masks import SUFFIX
 
 Array = NDArray[Any]
+_MISTAKES, _ENOUGH = 0.05, 4  # share of labels that are no PNG files if the others are masks; labels of which one can be
 
 
 @dataclass
@@ -55,8 +61,8 @@ class FileValues:
     """
 
     number_S: Array
-    names: list[str]
-    infos: list[FileInfo]
+    names: Sequence[str]
+    infos: Sequence[FileInfo]
 
     def take(self, rows: Array) -> FileValues:
         """Select the values of some rows, in the order of `rows`."""
@@ -64,8 +70,7 @@ class FileValues:
 
     def keys(self) -> Array:
         """Digests (S,), see `Split.keys`."""
-        keys_I = np.array([*(info.digest.ljust(16, b"\0") for info in self.infos), b""], dtype="S16")
-        return keys_I[self.number_S]
+        return np.append(FileInfos.of(self.infos).digest_I, np.array([b""], dtype="S16"))[self.number_S]
 
     def loose_keys(self) -> Array:
         """Digests (S,), see `Split.loose_keys`; the same as `keys`."""
@@ -79,9 +84,14 @@ class FileValues:
         """Whether there are several files, and none of them exists at the path in its row."""
         return len(self.names) > 1 and all(info.code == MISSING for info in self.infos)
 
+    def animated(self) -> list[int]:
+        """The numbers of the files that are animations."""
+        found: list[int] = np.flatnonzero(FileInfos.of(self.infos).animated_I).tolist()
+        return found
+
     def bad(self) -> Array:
         """Whether the file cannot be read, for each row (S,)."""
-        return np.array([*(bool(info.code) for info in self.infos), False])[self.number_S]
+        return np.append(FileInfos.of(self.infos).bad_I, False)[self.number_S]
 
 
 @dataclass
@@ -90,8 +100,7 @@ class Index:
 
     Args:
         digest: digest of the table and of the settings that decide how it is read, except `data.on_missing`.
-        content: the rows as JSON lines. rewritten: whether `content` was converted from another format.
-        byte_ranges_S2: first byte and end of each row in `content`.
+        store: the rows as they are written.
         lines_S: line number of each row in its file, from 1.
         values: values of the rows, by modality.
         list_S: whether the labels of a row are written as a list.
@@ -105,14 +114,12 @@ class Index:
     split: str
     file: str
     digest: str
-    content: bytes
-    rewritten: bool
-    byte_ranges_S2: Array
+    store: RowStore
     lines_S: Array
     values: dict[str, InlineValues | FileValues]
     labels: Labels
     list_S: Array
-    ids: list[str]
+    ids: Sequence[str]
     row_problems: list[Problem]
     left_out: dict[str, int]
     fresh: bool = False
@@ -156,3 +163,13 @@ class Index:
 
 def _line(problem: Problem) -> int:
     return int(problem.where.partition(":")[2].partition(",")[0] or 0)
+
+
+def masks_named_by(labels: Labels, config: DataConfig) -> FileValues | None:
+    """The masks that labels name, which have not been checked yet: for segmentation, or if nearly all labels are PNG files."""
+    one_each = len(labels) > 0 and bool((np.diff(labels.start_S1) == 1).all())
+    odd, total = sum(not name.lower().endswith(SUFFIX) for name in labels.names), len(labels.names)
+    are_files = config.task is None and odd <= max(_MISTAKES * total, 1 if total >= _ENOUGH else 0)
+    if not one_each or not (are_files or config.task == "segmentation"):
+        return None
+    return FileValues(labels.code_Z.astype(np.int64), labels.names, FileInfos.unknown(len(labels.names)))

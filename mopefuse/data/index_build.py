@@ -20,19 +20,23 @@ from mopefuse.core.error_codes import DataCode
 from mopefuse.data import index_cache
 from mopefuse.data.base import SPLITS, Problem
 from mopefuse.data.columns import Layout
-from mopefuse.data.index import FileValues, Index, InlineValues
-from mopefuse.data.labels import Labels, LabelsBuilder
+from mopefuse.data.index import FileValues, Index, InlineValues, masks_named_by
+from mopefuse.data.index_columns import read_columns
+from mopefuse.data.labels import LabelsBuilder
+from mopefuse.data.row_store import ArrowRows, JsonRows
 from mopefuse.data.rows import EXPECTED_LABEL, InvalidRow, RowSkipped, ValidRow, add_missing_hints, check_row
 from mopefuse.data.storage.table import Table, TableRow
+from mopefuse.data.strings import Strings
 from mopefuse.data.tables import split_named
 from mopefuse.modalities import base as modality
+from mopefuse.modalities.file_infos import FileInfos
 from mopefuse.modalities.file_source import FileSource
-from mopefuse.modalities.files import FileInfo, Files, inspect_files
-from mopefuse.modalities.masks import MASKS, SUFFIX
+from mopefuse.modalities.files import Files
+from mopefuse.modalities.inspect_files import inspect_files
+from mopefuse.modalities.masks import MASKS
 from mopefuse.modalities.masks import NAME as MASK
 
 VERSION = 2  # version of the definition of a row; it is part of the fingerprint by which a run recognises its data
-_MISTAKES, _ENOUGH = 0.05, 4  # share of labels that are no PNG files if the others are masks; labels of which one can be
 _NO_ROW, _MISSING = DataCode.BAD_ROW.text, bytes(16)
 Advance = Callable[[int, int], None]
 
@@ -75,19 +79,23 @@ def build(
             read_now = done
             advance(total_before + done, total_before + total)  # noqa: B023 (called before the next)
 
-        known = dict(zip(values.names, values.infos, strict=True))
-        infos = inspect_files(kind, source, values.names, config, known=known, advance=count)
-        updated[name] = replace(values, infos=[infos[file] for file in values.names])
+        infos = inspect_files(kind, source, values.names, config, known=FileInfos.of(values.infos), advance=count)
+        updated[name] = replace(values, infos=infos)
         total_before += read_now
     if index.fresh or any(updated[name].infos != values.infos for name, values in index.files.items()):
         masks = updated.pop(MASK, None)
         index = replace(index, values={**index.values, **updated}, masks=masks, fresh=True)
         index_cache.save(key, index, source)
+        kept = index_cache.load(key, table) if isinstance(index.store, ArrowRows) else None
+        index = index if kept is None else replace(kept, fresh=True)  # which needs less memory
     return index
 
 
 def read_rows(table: Table, split: str, modalities: Sequence[str], config: DataConfig, digest: str = "") -> Index:
     """Build the index of a split from one pass over its table; files are not read, and nothing is cached."""
+    found = read_columns(table, split, modalities, config, digest)
+    if found is not None:
+        return found
     rows = _IndexBuilder(table, split, modalities, config)
     rows.add_all()
     if rows.of_other_kind > len(rows.line_of):  # numbers among texts, or the opposite, and the first row is one of the few
@@ -179,15 +187,17 @@ class _IndexBuilder:
             split=self.split,
             file=self.table.file,
             digest=digest,
-            content=bytes(self.rewritten) if self.table.content is None else self.table.content,
-            rewritten=is_rewritten,
-            byte_ranges_S2=np.array(self.places, dtype=np.int64).reshape(-1, 2),
+            store=JsonRows(
+                bytes(self.rewritten) if is_rewritten else self.table.content or b"",
+                np.array(self.places, dtype=np.int64).reshape(-1, 2),
+                converted=is_rewritten,
+            ),
             lines_S=np.array(self.lines, dtype=np.int64),
             values={name: values.build() for name, values in self.values.items()},
             labels=labels,
-            masks=_masks(labels, self.config) if not any(self.lists) else None,
+            masks=masks_named_by(labels, self.config) if not any(self.lists) else None,
             list_S=np.frombuffer(bytes(self.lists), dtype=bool),
-            ids=list(self.line_of),
+            ids=Strings.of(self.line_of),
             row_problems=add_missing_hints(self.problems, self.layout) if self.line_of else self.problems,
             left_out=dict(self.left_out),
             fresh=True,
@@ -214,18 +224,9 @@ class _ValuesBuilder:
     def build(self) -> InlineValues | FileValues:
         """The values of all rows that were added; files have not been checked yet."""
         if self.modality.is_file:
-            return FileValues(np.array(self.numbers, dtype=np.int64), [*self.names], [FileInfo()] * len(self.names))
+            names = Strings.of(self.names)
+            return FileValues(np.array(self.numbers, dtype=np.int64), names, FileInfos.unknown(len(names)))
         return InlineValues(np.frombuffer(bytes(self.keys), dtype="S16"), np.frombuffer(bytes(self.loose_keys), dtype="S16"))
-
-
-def _masks(labels: Labels, config: DataConfig) -> FileValues | None:
-    """The masks that labels name, which have not been checked yet: for segmentation, or if nearly all labels are PNG files."""
-    one_each = len(labels) > 0 and bool((np.diff(labels.start_S1) == 1).all())
-    odd, total = sum(not name.lower().endswith(SUFFIX) for name in labels.names), len(labels.names)
-    are_files = config.task is None and odd <= max(_MISTAKES * total, 1 if total >= _ENOUGH else 0)
-    if not one_each or not (are_files or config.task == "segmentation"):
-        return None
-    return FileValues(labels.code_Z.astype(np.int64), [*labels.names], [FileInfo()] * len(labels.names))
 
 
 def _named_split(found: TableRow, config: DataConfig) -> str | None:

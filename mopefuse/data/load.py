@@ -149,8 +149,7 @@ def _split(name: str, index: Index, rows: Numbers, skipped: tuple[Problem, ...],
     keys = {modality: values.keys()[rows] for modality, values in index.values.items()}
     layout = Layout.from_config([*keys], config)
     content = Rows(
-        content=index.content,
-        byte_ranges_S2=index.byte_ranges_S2[rows],
+        store=index.store.take(rows),
         lines_S=index.lines_S[rows],
         labels=labels,
         split=index.split,
@@ -222,7 +221,7 @@ def _row_notices(splits: dict[str, Split], indexes: dict[str, Index], config: Da
 
 def _animation_notices(indexes: dict[str, Index]) -> list[str]:
     all_files = [files for index in indexes.values() for files in index.files.values()]
-    animated = [name for files in all_files for name, info in zip(files.names, files.infos, strict=True) if info.animated]
+    animated = [files.names[number] for files in all_files for number in files.animated()]
     if not animated:
         return []
     text = several(len(animated), "image is animated", "images are animated")

@@ -6,7 +6,6 @@ Shapes: S rows of a split.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from mopefuse.data.base import Problem, Row
 from mopefuse.data.columns import EXPECTED, Layout
 from mopefuse.data.label_cells import is_blank, normalise, split_cell
+from mopefuse.data.row_store import RowStore
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # cannot be written to a file
 _KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
@@ -188,22 +188,21 @@ def _kind(value: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Rows(Sequence[Row]):
-    """Rows that are parsed when they are accessed, so that half a million of them take little memory.
+    """Rows that are parsed when they are accessed.
 
     Args:
-        content: JSON lines. byte_ranges_S2: first byte and end of each row in it. lines_S: line numbers, from 1.
+        store: the rows as they are written. lines_S: line numbers, from 1.
         labels: labels of each row.
     """
 
-    content: bytes
-    byte_ranges_S2: NDArray[np.int64]
+    store: RowStore
     lines_S: NDArray[np.int64]
     labels: Sequence[tuple[str, ...]]
     split: str
     layout: Layout
 
     def __len__(self) -> int:
-        return len(self.byte_ranges_S2)
+        return len(self.store)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -214,8 +213,7 @@ class Rows(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        start, stop = self.byte_ranges_S2[index]
-        row, line = json.loads(self.content[start:stop]), int(self.lines_S[index])
+        row, line = self.store.row(index), int(self.lines_S[index])
         identity = str(row.get(self.layout.identity, f"{self.split}-{line}"))
         values = {name: self.layout.value_of(name, row) for name in self.layout.columns}
         return Row(id=identity, values=values, labels=self.labels[index], line=line)

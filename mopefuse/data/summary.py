@@ -133,8 +133,7 @@ def _iterate_texts(indexes: Mapping[str, Index], config: DataConfig) -> Iterator
 def rows_of(index: Index, config: DataConfig) -> Rows:
     """All rows of an index, including those whose file is bad."""
     return Rows(
-        content=index.content,
-        byte_ranges_S2=index.byte_ranges_S2,
+        store=index.store,
         lines_S=index.lines_S,
         labels=index.labels,
         split=index.split,

@@ -5,17 +5,13 @@ A modality whose values are files is a subclass of `Files`, which defines how a 
 
 from __future__ import annotations
 
-import hashlib
 import os
-import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from mopefuse.core.error_codes import DataCode, PathCode
-from mopefuse.errors import MopefuseError
 from mopefuse.modalities.base import Modality
 from mopefuse.modalities.file_source import FileSource, Stamp, as_source
 
@@ -97,52 +93,6 @@ class Files(Modality):
         return self.decode(content, value, where=where, config=config)
 
 
-# -- checking many files
-
-
-def inspect_files(
-    modality: Files,
-    files: FileSource | Sequence[Path],
-    names: Sequence[str],
-    config: DataConfig,
-    *,
-    known: Mapping[str, FileInfo] | None = None,
-    advance: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, FileInfo]:
-    """Check files with all processors.
-
-    Args:
-        known: earlier results; unchanged files are not read again.
-        advance: called with (files checked, files to check).
-    """
-    known, files = known or {}, as_source(files)
-    infos = {name: known[name] for name in names if name in known and files.is_unchanged(name, known[name].stamp)}
-    rest = [name for name in names if name not in infos]
-    with ThreadPoolExecutor(files.at_once or processor_count()) as pool:  # decoding releases the GIL
-        for start in range(0, len(rest), 512):
-            futures = [pool.submit(_look, modality, files, name, config) for name in rest[start : start + 512]]
-            for done, future in enumerate(as_completed(futures), start=start + 1):
-                name, info = future.result()
-                infos[name] = info
-                advance(done, len(rest))
-    return infos
-
-
 def processor_count() -> int:
     """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _look(modality: Files, files: FileSource, name: str, config: DataConfig) -> tuple[str, FileInfo]:
-    info = FileInfo()
-    try:
-        stamp = files.stamp(name, where="", what=modality.name)
-        info = info._replace(size=stamp.size, mtime=stamp.version)
-        content = files.read(name, where="", what=modality.name)
-        info = info._replace(digest=hashlib.blake2b(content, digest_size=16).digest())
-        began = time.perf_counter()
-        seen = modality.inspect(content, name, config)
-        took = round(1000 * (time.perf_counter() - began))
-        return name, seen._replace(size=info.size, mtime=info.mtime, digest=info.digest, milliseconds=took)
-    except MopefuseError as error:
-        return name, info._replace(code=error.code, what=error.what, fix=error.fix)

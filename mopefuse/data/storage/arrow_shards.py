@@ -28,6 +28,7 @@ PACKED = b"mopefuse.pack"
 """Key of the metadata of files that `mopefuse data pack` wrote: the paths beside bytes are names in the data set, and equal
 paths stand for equal files."""
 _KEPT_BYTES = 256 << 20  # of groups in memory
+_ROWS_AT_ONCE = 16_384
 
 
 class ArrowFile:
@@ -56,26 +57,48 @@ class ArrowFile:
         self._names = _label_names(schema.metadata or {})
 
     def rows(self, first_line: int) -> Iterator[TableRow]:
-        """The rows; the value of a cell that is a file is its name.
+        """The rows; the value of a cell that is a file is its name, integers are texts.
 
         Args:
             first_line: number of the first row.
         """
-        number = 0
-        for group in range(len(self.starts_G1) - 1):
+        line = first_line
+        for batch in self.batches():
+            for row in batch.to_pylist():
+                yield TableRow(line, row)
+                line += 1
+
+    def batches(self) -> Iterator[Any]:
+        """The rows as Arrow tables of bounded size, with the same values as those of `rows`."""
+        for group, start in enumerate(self.starts_G1[:-1].tolist()):
+            plain = [name for name in self.columns if name not in self.file_columns]
+            paths = [f"{name}.path" for name, is_struct in self.file_columns.items() if is_struct]
             with arrow_errors(self.path):
-                plain = [name for name in self.columns if name not in self.file_columns]
-                paths = [f"{name}.path" for name, is_struct in self.file_columns.items() if is_struct]
-                rows = self._reader().read(group, [*plain, *paths]).to_pylist()
+                table = self._reader().read(group, [*plain, *paths])
                 present = {name: self._present(group, name) for name in self.file_columns}
-            for place, row in enumerate(rows):
-                value = {name: self._plain(name, row[name]) for name in plain}
-                for name in self.file_columns:
-                    path = (row.get(name) or {}).get("path") if self.file_columns[name] else None
-                    named = present[name][place] and not (self.packed and path)
-                    value[name] = self.name_of(number, name) if named else path
-                yield TableRow(first_line + number, value)
-                number += 1
+            for first in range(0, len(table), _ROWS_AT_ONCE):
+                part = table.slice(first, _ROWS_AT_ONCE)
+                with arrow_errors(self.path):
+                    yield self._named(part, start + first, {name: found[first:] for name, found in present.items()})
+
+    def _named(self, part: Any, first_row: int, present: Mapping[str, NDArray[np.bool_]]) -> Any:
+        """Put names of files and texts in the place of files and integers, in the order of the columns."""
+        import pyarrow as arrow
+
+        columns = []
+        for name in self.columns:
+            if name not in self.file_columns:
+                columns.append(self._plain(name, part.column(name)))
+                continue
+            cells = part.column(name).combine_chunks()
+            paths = cells.field("path").to_pylist() if self.file_columns[name] else [None] * len(part)
+            own = (self.name_of(first_row + number, name) for number in range(len(part)))
+            named = [
+                (path if self.packed and path else mine) if is_there else path
+                for path, mine, is_there in zip(paths, own, present[name], strict=False)
+            ]
+            columns.append(arrow.array(named, type=arrow.string()))
+        return arrow.table(columns, names=self.columns)
 
     def name_of(self, row: int, column: str) -> str:
         """The name in rows of the file in a cell."""
@@ -120,14 +143,18 @@ class ArrowFile:
         valid: NDArray[np.bool_] = self._group(group, column).is_valid().to_numpy(zero_copy_only=False)
         return valid
 
-    def _plain(self, column: str, value: Any) -> Any:
+    def _plain(self, name: str, column: Any) -> Any:
         """Convert integers to texts: a column has one type, so integer ids and labels are not a mistake as in JSON."""
-        names = self._names.get(column)
-        if isinstance(value, list) and names is not None:
-            return [self._plain(column, item) for item in value]
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value) if names is None else names[value] if 0 <= value < len(names) else None
-        return value
+        import pyarrow as arrow
+
+        kind, names = column.type, self._names.get(name)
+        if names is not None:
+            known = dict(enumerate(names))  # without -1, which stands for a missing label
+            cells = column.to_pylist()
+            return arrow.array([[*map(known.get, cell)] if isinstance(cell, list) else known.get(cell) for cell in cells])
+        if arrow.types.is_dictionary(kind):
+            column, kind = column.cast(kind.value_type), kind.value_type
+        return column.cast(arrow.string()) if arrow.types.is_integer(kind) else column
 
     def _reader(self) -> Any:
         """The reader of this process: one that was opened before a fork is not used."""

@@ -5,7 +5,6 @@ Rows keep their columns, ids and the names of their files, so that held-out rows
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -116,8 +115,7 @@ def _rows(index: Index, files: FileSource, config: DataConfig) -> Iterator[Packe
     main = get_column(picture, config) if picture else ""
 
     def read(number: int) -> PackedRow:
-        start, stop = index.byte_ranges_S2[number]
-        values: dict[str, Any] = json.loads(index.content[start:stop])
+        values: dict[str, Any] = dict(index.store.row(number))
         values[layout.identity] = index.ids[number]
         found = {}
         for column, name in columns.items():

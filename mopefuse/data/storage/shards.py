@@ -150,8 +150,9 @@ def _arrow_table(paths: Mapping[str, Path], config: DataConfig, advance: Callabl
             line += int(shard.starts_G1[-1])
 
     digest = digests[0] if len(digests) == 1 else cache.make_key(*digests)
-    has_files = any(shard.file_columns for shard in shards)
-    return Table(_name([*paths]), digest, rows, files=ArrowCells(shards, kept_files(config)) if has_files else None)
+    files = ArrowCells(shards, kept_files(config)) if any(shard.file_columns for shard in shards) else None
+    batches = lambda: (batch for shard in shards for batch in shard.batches())  # noqa: E731
+    return Table(_name([*paths]), digest, rows, files=files, batches=batches)
 
 
 def _name(names: Sequence[str]) -> str:

@@ -30,6 +30,7 @@ class Table(NamedTuple):
         file: its name, for messages. digest: digest of its content.
         content: content of a file of JSON lines; None for other formats, whose rows are converted to JSON lines.
         files: the files that are stored with the rows; None if rows only name files.
+        batches: the rows as Arrow tables, if the format has columns: the same values as in `rows`.
     """
 
     file: str
@@ -37,6 +38,7 @@ class Table(NamedTuple):
     rows: Callable[[], Iterator[TableRow]]
     content: bytes | None = None
     files: FileSource | None = None
+    batches: Callable[[], Iterator[Any]] | None = None
 
 
 class _InvalidJson(ValueError):
