@@ -24,6 +24,9 @@ from mopefuse.errors import CheckpointError, ResourceError
 KINDS = ("index", "features", "prefixes", "tokens", "images", "models", "charts", "galleries", "shards", "remote")
 
 
+_HEX_AT_ONCE = 1 << 20  # bytes
+
+
 def root() -> Path | None:
     """Folder of the cache; None if it does not exist and cannot be created, or is not writable."""
     configured = os.environ.get("MOPEFUSE_CACHE")
@@ -36,8 +39,20 @@ def root() -> Path | None:
 
 
 def make_key(*parts: object) -> str:
-    """Digest of the given values, used as the name of an entry that depends on them: 32 hex digits."""
-    return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    """Digest of the given values, used as the name of an entry that depends on them: 32 hex digits.
+
+    Args:
+        parts: bytes stand for their hex digits, which are never all in memory; other values for their text.
+    """
+    found = hashlib.sha256()
+    for number, part in enumerate(parts):
+        found.update(b"\0" if number else b"")
+        if not isinstance(part, memoryview):
+            found.update(str(part).encode("utf-8", "surrogatepass"))
+            continue
+        for start in range(0, len(part), _HEX_AT_ONCE):
+            found.update(part[start : start + _HEX_AT_ONCE].hex().encode())
+    return found.hexdigest()[:32]
 
 
 def find(kind: str, key: str, *, thorough: bool = True) -> tuple[Path, dict[str, Any]] | None:

@@ -171,10 +171,10 @@ def _split(name: str, index: Index, rows: Numbers, skipped: tuple[Problem, ...],
 def _fingerprint(name: str, index: Index, rows: Numbers, skipped: Sequence[Problem]) -> str:
     """Digest everything in a split: rows, contents of files, missing values, and what was skipped."""
     problems = [f"{problem.code} {problem.where} {problem.file}" for problem in skipped]
-    files = [values.keys()[rows].tobytes().hex() for values in index.files.values()]
+    files = [memoryview(values.keys()[rows].tobytes()) for values in index.files.values()]
     missing = {modality: values.is_missing()[rows] for modality, values in index.values.items()}
     lacking = [f"{modality} {missing_S.tobytes().hex()}" for modality, missing_S in missing.items() if missing_S.any()]
-    return cache.make_key(index.digest, name, *problems, rows.tobytes().hex(), *files, *lacking, *index.left_out)
+    return cache.make_key(index.digest, name, *problems, memoryview(rows.tobytes()), *files, *lacking, *index.left_out)
 
 
 # -- notices
