@@ -241,7 +241,7 @@ class Numbers(Modality):
     value_description = "a list of numbers"
     type_fix = "give lists of numbers"
 
-    def read(self, value: str, roots: Any, *, where: str, config: Any) -> Any:
+    def read(self, value: str, files: Any, *, where: str, config: Any) -> Any:
         try:
             return [float(number) for number in value.split()]
         except ValueError:
@@ -282,14 +282,14 @@ class AcceptsAll(Numbers):
 
 
 class RawErrors(Numbers):
-    def read(self, value: str, roots: Any, *, where: str, config: Any) -> Any:
+    def read(self, value: str, files: Any, *, where: str, config: Any) -> Any:
         return [float(number) for number in value.split()]
 
 
 class Counts(Numbers):
     count = 0
 
-    def read(self, value: str, roots: Any, *, where: str, config: Any) -> Any:
+    def read(self, value: str, files: Any, *, where: str, config: Any) -> Any:
         self.count += 1
         return [float(self.count)]
 
@@ -353,9 +353,9 @@ class Unpickles(Blocks):
 
 
 class OpensAnything(Blocks):
-    def read(self, value: str, roots: Any, *, where: str, config: Any) -> Any:
+    def read(self, value: str, files: Any, *, where: str, config: Any) -> Any:
         try:
-            return self.decode((roots[0] / value).read_bytes(), value, where=where, config=config)
+            return self.decode((files[0] / value).read_bytes(), value, where=where, config=config)
         except (OSError, ValueError):
             raise DataError(1002, "there is no such file", where=where, fix="name one") from None
 

@@ -112,6 +112,14 @@ def test_webdataset_reads_packed_shards(pairs: Path, shards: Callable[[str], Pat
     assert [sample["png"] for sample in samples] == [(pairs / str(row.values["image"])).read_bytes() for row in rows]
 
 
+def test_hugging_face_reads_packed_shards(pairs: Path, shards: Callable[[str], Path], tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    (file,) = shards("parquet").glob("train-*.parquet")
+    found = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path)).cast_column("img", datasets.Image())
+    assert [row["text"] for row in found] == [row.values["text"] for row in load(pairs).splits["train"].rows]
+    assert found[3]["img"].size == (16, 16)
+
+
 def test_parts_can_name_their_column(pairs: Path, tmp_path: Path) -> None:
     picture = (pairs / "images" / "train-0.png").read_bytes()
     members = {}

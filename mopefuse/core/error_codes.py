@@ -212,7 +212,6 @@ class DataCode(ErrorCode):
     COLUMN_AMBIGUOUS = 391
     UNKNOWN_SCHEME = 410
     REMOTE_UNREADABLE = 411
-    SHARD_DAMAGED = 412
 
 
 @unique
