@@ -6,6 +6,7 @@ blocks of this number gives one block for each partition. A task that is tried a
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -15,11 +16,12 @@ from typing import Any
 
 from mopefuse.core.dependencies import require
 from mopefuse.core.error_codes import ResourceCode
+from mopefuse.core.formatting import json_text
 from mopefuse.core.stop_request import StopRequest
-from mopefuse.errors import MopefuseError, ResourceError
+from mopefuse.errors import MopefuseError, ResourceError, error_from_dict
 from mopefuse.inference.batch.job import Chunk, Computer, Job, ModelSource
 from mopefuse.inference.batch.local import Outcome
-from mopefuse.inference.batch.output import Output
+from mopefuse.inference.batch.output import Output, Record
 from mopefuse.inference.batch.plan import Partition
 from mopefuse.inference.bundle import Bundle
 
@@ -27,6 +29,8 @@ _Row = dict[str, Any]
 _INPUT_BLOCKS = 1000  # blocks of partitions to read, at most
 _MB = 2**20
 _OBJECTS_MB = 512  # of a cluster on this machine: chunks between the steps
+_BLOCK_MB = 16  # of chunks that travel together
+_READ_MB = 128  # that Ray reserves for a task that reads; that actors reserve other resources also keeps the two steps apart
 
 
 def require_ray() -> None:
@@ -48,7 +52,6 @@ def run(
         ResourceError: the cluster cannot be reached or used. MopefuseError: the model cannot be loaded.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     require_ray()
     import ray
 
@@ -89,6 +92,7 @@ def _pipeline(job: Job, computer: Computer, partitions: Sequence[Partition], wor
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_options.preserve_order = True
+    context.target_max_block_size = _BLOCK_MB * _MB
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     resources: Any = ray.cluster_resources
     gpus = int(resources().get("GPU", 0)) if device in ("auto", "cuda") else 0
@@ -99,7 +103,7 @@ def _pipeline(job: Job, computer: Computer, partitions: Sequence[Partition], wor
     shared = ray.put((reader, list(partitions)))
     rows = [{"partition": number} for number in range(len(partitions))]
     data: Any = ray.data.from_items(rows, override_num_blocks=min(len(rows), _INPUT_BLOCKS))
-    data = data.flat_map(_Read(shared, chunks), num_cpus=1)
+    data = data.flat_map(_Read(shared, chunks), num_cpus=1, memory=_READ_MB * _MB)
     data = data.map_batches(
         _Predict,
         fn_constructor_args=(job.model, f"cuda:{0}" if gpus else device if device != "auto" else "cpu"),
@@ -144,14 +148,15 @@ class _Predict:
         self._computer = source.load(device)
 
     def __call__(self, rows: Any) -> Any:
-        rows["content"] = _objects([self._predict(chunk) for chunk in rows["content"]])
+        rows["content"] = [json_text(self._predict(chunk)) for chunk in rows["content"]]
         return rows
 
     def _predict(self, chunk: Chunk) -> Any:
+        """The predictions, or an error; as JSON, since Ray would change mappings."""
         try:
             return self._computer.predict(chunk) if chunk.pairs or chunk.problem else []
         except MopefuseError as error:
-            return error
+            return error.as_dict()
 
 
 class _Write:
@@ -167,34 +172,24 @@ class _Write:
         numbers = {int(number) for number in rows["partition"]}
         assert len(numbers) == 1 and list(rows["chunk"]) == list(range(len(rows))), "one partition, with all its chunks"
         number = numbers.pop()
-        contents = list(rows["content"])
-        problem = next((one for one in contents if isinstance(one, MopefuseError)), None)
-        outcome: Mapping[str, Any]
+        contents = [json.loads(text) for text in rows["content"]]
+        problems = [one for one in contents if isinstance(one, dict)]
         try:
-            if problem is not None:
-                raise problem
+            if problems:
+                raise error_from_dict(problems[0])
             predictions = [one for each in contents for one in each]
             seconds = time.time() - float(rows["began"].iloc[0])
-            outcome = self._output.write(partitions[number], predictions, seconds)._asdict()
+            outcome: Mapping[str, Any] = self._output.write(partitions[number], predictions, seconds)._asdict()
         except MopefuseError as error:
-            outcome = {"problem": error}
-        return {"partition": [number], "outcome": _objects([outcome])}
-
-
-def _objects(values: Sequence[Any]) -> Any:
-    """A column of any objects."""
-    import numpy as np
-
-    column = np.empty(len(values), dtype=object)
-    column[:] = values
-    return column
+            outcome = {"problem": error.as_dict()}
+        return {"partition": [number], "outcome": [json_text(outcome)]}
 
 
 def _outcome(row: Mapping[str, Any], partitions: Sequence[Partition]) -> Outcome:
-    from mopefuse.inference.batch.output import Record
-
-    found = row["outcome"]
-    return (partitions[int(row["partition"])], found["problem"]) if "problem" in found else Record(**found)
+    found = json.loads(row["outcome"])
+    if "problem" in found:
+        return partitions[int(row["partition"])], error_from_dict(found["problem"])
+    return Record(**found)
 
 
 def _known(error: Any) -> Exception:
