@@ -9,7 +9,6 @@ import io
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _SERIES = re.compile(r"(\d+)\.\.(\d+)")
 _MAGIC = {b"\x1f\x8b": "gzip", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\x03\x04": "a zip"}
 _BOM = b"\xef\xbb\xbf"
-_AT_ONCE = 16  # files that are looked at together
+_VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "mtime", "created")  # the names of stores for it
 _ROWS = 256  # rows that are read from Parquet at a time
 _MOST_PATHS = 1_000_000  # that braces may stand for
 
@@ -116,15 +115,15 @@ def _match(pattern: str) -> list[InputFile]:
 
     storage, path = open_storage(pattern)
     with reading(pattern):
+        storage.invalidate_cache()
         if has_magic(path):
-            names = [name for name, info in storage.glob(path, detail=True).items() if info["type"] == "file"]
+            found = storage.glob(path, detail=True)
         elif storage.isdir(path):
-            names = [info["name"] for info in storage.ls(path, detail=True) if info["type"] == "file"]
+            found = {info["name"]: info for info in storage.ls(path, detail=True)}
         else:
             return [identify(full_name(storage, path))] if storage.exists(path) else []
-    tables = [name for name in sorted(names) if _is_table(name)]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return list(pool.map(identify, [full_name(storage, name) for name in tables]))
+        tables = sorted(name for name, info in found.items() if info["type"] == "file" and _is_table(name))
+        return [_input_file(storage, name, found[name]) for name in tables]
 
 
 def _is_table(name: str) -> bool:
@@ -143,12 +142,16 @@ def identify(path: str) -> InputFile:
         raise DataError(DataCode.NOT_A_TABLE, f"{PurePosixPath(path).name} is not a table", where=path, fix=fix)
     storage, place = open_storage(path)
     with reading(path):
-        if is_local(storage):
-            status = os.stat(place)
-            return InputFile(path, status.st_size, str(status.st_mtime_ns))
-        info = storage.info(place)
-        version = next((info[key] for key in ("ETag", "etag", "md5Hash", "content_md5", "LastModified") if info.get(key)), "")
-        return InputFile(path, int(info["size"] or 0), str(version).strip('"'))
+        return _input_file(storage, place, {} if is_local(storage) else storage.info(place))
+
+
+def _input_file(storage: FileSystem, path: str, info: Mapping[str, Any]) -> InputFile:
+    """Args: info: what the file system knows of the file; of a local one, the file itself is asked."""
+    if is_local(storage):
+        status = os.stat(path)
+        return InputFile(path, status.st_size, str(status.st_mtime_ns))
+    version = next((info[key] for key in _VERSIONS if info.get(key)), "")
+    return InputFile(full_name(storage, path), int(info["size"] or 0), str(version).strip('"'))
 
 
 # -- partitions
@@ -233,7 +236,7 @@ def _changed(file: InputFile) -> DataError:
 def _json_rows(file: InputFile, span: Span) -> Iterator[TableRow]:
     storage, path = open_storage(file.path)
     with reading(file.path):
-        content = storage.cat_file(path, span.first_byte, span.end_byte)
+        content = storage.cat_file(path, start=span.first_byte, end=span.end_byte)
     for number, line in enumerate(io.BytesIO(content), start=span.line + 1):
         line = line.removeprefix(_BOM) if number == 1 else line
         if line.strip():
