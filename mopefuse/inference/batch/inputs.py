@@ -376,7 +376,7 @@ class Contents:
             raise UnsafePathError(PathCode.OUTSIDE_ROOT, outside, where=where, fix="use a path relative to the table")
         storage, path = open_storage(f"{self._folder}/{name}")
         try:
-            content: bytes = storage.cat_file(path)
+            content: bytes = storage.cat_file(path, start=0)  # without a start, s3fs first asks for the size
             return content
         except FileNotFoundError:
             raise DataError(DataCode.FILE_NOT_FOUND, f"{what} not found: {name}", where=where, fix="add the file") from None
