@@ -15,6 +15,7 @@ import pytest
 from conftest import call, write_rows
 
 from mopefuse.errors import Interrupted
+from mopefuse.inference.batch.inputs import list_files
 from mopefuse.inference.batch.job import Computer, ModelSource
 from mopefuse.inference.batch.run import BatchSettings, Progress, start
 from mopefuse.inference.predict import input_settings, load
@@ -45,7 +46,8 @@ def modules_of_tests_are_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
 def predict(run: Path, table: Path | str, out: Path | str, on_progress: Callable[[Progress], None], **more: Any) -> Any:
     source = ModelSource(str(run), "best", None, None, None, False, BATCH, input_settings(run))
     computer = Computer(load(run, device="cpu"), source)
-    return start(source, computer, BatchSettings([str(table)], str(out), rows=ROWS, device="cpu", **more), on_progress)
+    settings = BatchSettings(list_files([str(table)]), str(out), rows=ROWS, device="cpu", **more)
+    return start(source, computer, settings, on_progress)
 
 
 def assert_equal_to_predict(run: Path, table: Path, out: Path) -> None:

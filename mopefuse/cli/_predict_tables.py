@@ -23,7 +23,7 @@ _EVERY = 30.0  # seconds between lines of progress that are not on a terminal
 Inputs = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[INPUT]...",
+        metavar="INPUT",
         help="Table of new rows (.jsonl, .csv, ...), or - for stdin. With --engine, tables, folders, patterns or URLs.",
     ),
 ]
@@ -160,6 +160,7 @@ def predict_tables(options: BatchOptions, how: ModelOptions, settings: Settings)
     """
     from mopefuse.cli._gallery import find_gallery
     from mopefuse.cli._render import err, print_json
+    from mopefuse.inference.batch.inputs import list_files
     from mopefuse.inference.batch.job import Computer, ModelSource
     from mopefuse.inference.batch.run import ROWS, BatchSettings, start
     from mopefuse.inference.predict import input_settings, load
@@ -168,14 +169,16 @@ def predict_tables(options: BatchOptions, how: ModelOptions, settings: Settings)
         from mopefuse.inference.batch import ray_data
 
         ray_data.require_ray()
+    files = list_files(options.inputs)
     predictor = load(how.run, checkpoint=how.checkpoint, device="cpu", main=how.main, comp=how.comp)
     config = input_settings(how.run, data_section(settings))
+    config = config.model_copy(update={"image_roots": tuple(str(Path(root).absolute()) for root in config.image_roots)})
     found, query = find_gallery(predictor, how.gallery, how.gallery_of, [], config, how.batch)
     gallery = None if found is None or query is None else (str(Path(how.gallery or "").absolute()), found.modality, query)
     run = how.run if "://" in how.run or not Path(how.run).exists() else str(Path(how.run).absolute())
     source = ModelSource(run, how.checkpoint, how.main, how.comp, how.top, how.routing, how.batch, config, gallery)
     batch = BatchSettings(
-        options.inputs,
+        files,
         str(options.out),
         engine=str(options.engine),
         workers=options.workers,

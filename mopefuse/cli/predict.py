@@ -70,7 +70,7 @@ def predict(
     Examples:
       mopefuse predict runs/first new.jsonl -o predictions.csv
       mopefuse predict runs/first --image photo.jpg --text "a red car"
-      mopefuse predict runs/first "in/*.parquet" -o out --engine local
+      mopefuse predict runs/first tables/ -o predictions/ --engine local
     """
     how = tables.ModelOptions(str(run), checkpoint, device, main, comp, top, routing, batch, gallery, gallery_of)
     many = tables.BatchOptions(engine, inputs or [], out, workers, form, partition_rows, ray_address, overwrite, as_json)

@@ -16,8 +16,9 @@ from mopefuse.errors import DataError, MopefuseError
 from mopefuse.modalities import base as modality
 from mopefuse.modalities.files import Files
 
-Fetch = Callable[[str, str, str], bytes]
-"""Returns the content of a file, given the modality, the name of the file in the row, and the place of the row."""
+Fetch = Callable[[str, str, str], bytes | None]
+"""Returns the content of a file, given the modality, the name of the file in the row, and the place of the row; None if it is
+on this machine."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def make_pair(
 
     Args:
         file: name of the table, for messages. roots: folders that may contain files, the table's first.
-        fetch: returns the contents of files, which are not looked for in `roots` then.
+        fetch: returns the contents of files that are not in `roots`.
     """
     where, identity = f"{file}:{found.line}", str(found.line)
     try:
@@ -105,10 +106,13 @@ def make_pair(
             values = {**found_values, **values}  # the first layout decides on modalities that are needed
         place = f"{where}, id {identity}"
         for name, value in values.items():
+            if value is None:
+                continue
             kind = modality.get_modality(name)
-            if value is not None and fetch is not None and isinstance(kind, Files):
-                values[name] = kind.decode(fetch(name, value, place), value, where=place, config=config)
-            elif value is not None:
+            content = fetch(name, value, place) if fetch is not None and isinstance(kind, Files) else None
+            if content is not None and isinstance(kind, Files):
+                values[name] = kind.decode(content, value, where=place, config=config)
+            else:
                 values[name] = kind.read(value, roots, where=place, config=config)
         return Pair(identity, values)
     except InvalidRow as error:

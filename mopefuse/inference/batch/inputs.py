@@ -229,8 +229,8 @@ def read_rows(file: InputFile, span: Span, columns: Sequence[str]) -> Iterator[T
 
 
 def _changed(file: InputFile) -> DataError:
-    what, fix = f"{file.name} has changed since the prediction was started", "start again with --overwrite"
-    return DataError(DataCode.DATA_CHANGED, what, where=file.path, fix=fix)
+    changed = f"{file.name} has changed since the prediction was started"
+    return DataError(DataCode.DATA_CHANGED, changed, where=file.path, fix="start again with --overwrite")
 
 
 def _json_rows(file: InputFile, span: Span) -> Iterator[TableRow]:
@@ -344,33 +344,36 @@ class Contents:
     """The files of a table's rows: in a cell, as bytes or ``{"bytes", "path"}``, or next to a table in an object store.
 
     Args:
-        columns: the columns of files. folder: that of the table, if it is in an object store.
+        columns: the column of each modality of files. folder: that of the table, if it is in an object store.
     """
 
-    def __init__(self, columns: Sequence[str], folder: str) -> None:
+    def __init__(self, columns: Mapping[str, str], folder: str | None) -> None:
         self._columns, self._folder = columns, folder
 
     def take(self, row: TableRow) -> tuple[TableRow, dict[str, bytes]]:
-        """The row with names in place of contents, and the contents by these names."""
+        """The row with names in place of contents, and the contents by modality."""
         if not isinstance(row.value, dict):
             return row, {}
-        cells, contents = {}, {}
-        for column in self._columns:
+        cells: dict[str, str | None] = {}
+        contents: dict[str, bytes] = {}
+        for modality, column in self._columns.items():
             cell = row.value.get(column)
             name, content = (cell.get("path"), cell.get("bytes")) if isinstance(cell, Mapping) else (None, cell)
             if isinstance(content, bytes):
+                contents[modality] = content
                 name = str(name or f"{column} of row {row.line}")
-                contents[name] = content
             if isinstance(cell, bytes | Mapping):
                 cells[column] = name
         return (row._replace(value={**row.value, **cells}), contents) if cells else (row, contents)
 
-    def fetch(self, what: str, name: str, where: str) -> bytes:
-        """The content of a file next to the table in an object store.
+    def fetch(self, what: str, name: str, where: str) -> bytes | None:
+        """The content of a file next to the table in an object store; None if the table is on this machine.
 
         Raises:
             UnsafePathError: the path leads elsewhere. DataError: it cannot be read.
         """
+        if self._folder is None:
+            return None
         if is_url(name) or name.startswith(("/", "\\", "~")) or ".." in PurePosixPath(name).parts or "\0" in name:
             outside = f"the {what} path is outside the folder of the table"
             raise UnsafePathError(PathCode.OUTSIDE_ROOT, outside, where=where, fix="use a path relative to the table")

@@ -21,6 +21,7 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core import cache
 from mopefuse.core.dependencies import convert_error
 from mopefuse.data.columns import Layout
+from mopefuse.data.tables import TableRow
 from mopefuse.errors import MopefuseError
 from mopefuse.inference.batch.inputs import Contents, read_rows
 from mopefuse.inference.batch.output import Output, Record
@@ -81,16 +82,16 @@ class Reader:
         """The rows of a partition, in their order; an error of the file ends them with a chunk that has it."""
         file, layouts = partition.file, self.layouts()
         folder = file.path.rpartition("/")[0]
-        remote = is_url(file.path)
-        roots = () if remote else (Path(folder or "/"), *map(Path, self.config.image_roots))
-        files = {name: layout.columns[name] for layout in layouts for name in layout.columns if name not in layout.in_rows}
-        contents = Contents([*files.values()], folder)
+        roots = () if is_url(file.path) else (Path(folder or "/"), *map(Path, self.config.image_roots))
+        columns = {name: layout.columns[name] for layout in layouts for name in layout.columns if name not in layout.in_rows}
+        contents = Contents(columns, folder if is_url(file.path) else None)
 
-        def pair(row: Any) -> Pair:
-            row, own = contents.take(row)
-            fetch = contents.fetch if remote else None
-            if own:
-                fetch = lambda what, name, where: own[name] if name in own else contents.fetch(what, name, where)  # noqa: E731
+        def pair(found: TableRow) -> Pair:
+            row, own = contents.take(found)
+
+            def fetch(what: str, name: str, where: str) -> bytes | None:
+                return own[what] if what in own else contents.fetch(what, name, where)
+
             return make_pair(row, file.name, roots, layouts, self.config, fetch)
 
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from mopefuse.core.formatting import json_text
 from mopefuse.errors import ConfigError, ResourceError
 from mopefuse.inference.batch.parquet_file import to_parquet
 from mopefuse.inference.batch.plan import Partition, Plan
-from mopefuse.inference.batch.storage import is_local, open_storage, reading
+from mopefuse.inference.batch.storage import is_local, is_url, open_storage, reading
 from mopefuse.inference.predict import Prediction, as_jsonl
 from mopefuse.tasks.base import Task
 
@@ -55,7 +56,8 @@ class Output:
     """
 
     def __init__(self, url: str, format: str, task: Task, labels: Sequence[str]) -> None:
-        self.url, self.format, self.task, self.labels = url, format, task, tuple(labels)
+        self.url = url if is_url(url) else os.path.abspath(url)  # other processes may be in other folders
+        self.format, self.task, self.labels = format, task, tuple(labels)
         self._connect()
         if self.is_local:
             check_parent(Path(self._base) / PLAN)

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 from mopefuse.core.dependencies import require
@@ -55,18 +58,34 @@ def run(
     require_ray()
     import ray
 
-    _connect(address, workers)
     try:
+        _connect(address, workers)
+        _raise_on_signals(stop)
         for row in _pipeline(job, computer, partitions, workers, device).iter_rows():
             yield _outcome(row, partitions)
-            if stop.signal_number:
-                return
+    except _Stopped:
+        return
     except ray.exceptions.RayError as error:
-        if stop.signal_number:
-            return
         raise _known(error) from error
     finally:
         ray.shutdown()
+
+
+class _Stopped(BaseException):
+    """A signal arrived."""
+
+
+def _raise_on_signals(stop: StopRequest) -> None:
+    """Let signals end the wait for a partition; after Ray has set its own handler, and until `stop` restores others."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if not stop.signal_number:
+            stop.signal_number = number
+            raise _Stopped
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, end)
 
 
 def _connect(address: str | None, workers: int | None) -> None:

@@ -16,7 +16,7 @@ from mopefuse.core.formatting import several
 from mopefuse.core.stop_request import StopRequest
 from mopefuse.errors import ConfigError, DataError, Interrupted, MopefuseError, error_from_dict
 from mopefuse.inference.batch import local
-from mopefuse.inference.batch.inputs import list_files
+from mopefuse.inference.batch.inputs import InputFile
 from mopefuse.inference.batch.job import Computer, Job, ModelSource, Reader
 from mopefuse.inference.batch.output import Output, Record
 from mopefuse.inference.batch.parquet_file import schema_of
@@ -31,7 +31,7 @@ class BatchSettings:
     """How to predict many tables.
 
     Args:
-        inputs: paths, folders, globs, brace patterns or URLs. out: folder or URL.
+        files: the tables, see `mopefuse.inference.batch.inputs.list_files`. out: folder or URL.
         engine: one of `ENGINES`. workers: processes with the model; None for one per GPU, or one on the CPU.
         format: one of `mopefuse.inference.batch.output.FORMATS`; None for Parquet if all inputs are Parquet, else JSON lines.
         rows: of a partition, at most; a multiple of the batch gives the batches of a whole table.
@@ -39,7 +39,7 @@ class BatchSettings:
         ray_address: of a Ray cluster; None for one on this machine.
     """
 
-    inputs: Sequence[str]
+    files: Sequence[InputFile]
     out: str
     engine: str = "local"
     workers: int | None = None
@@ -112,11 +112,11 @@ def start(
         on_progress: called often.
 
     Raises:
-        ConfigError: no input; or the output folder has something else, or predictions with other settings.
+        ConfigError: the output folder has something else, or predictions with other settings.
         DataError: a table or a partition cannot be read (the others are complete then), or no row can.
         ResourceError: a partition killed its workers, or the output cannot be written. Interrupted: by a signal.
     """
-    files = list_files(settings.inputs)
+    files = settings.files
     form = settings.format or ("parquet" if all(file.path.lower().endswith(".parquet") for file in files) else "jsonl")
     if form == "parquet" or any(file.path.lower().endswith(".parquet") for file in files):
         require("pyarrow", extra="parquet", what="Parquet")
@@ -143,7 +143,7 @@ def start(
     return _finish(output, plan, settings, progress)
 
 
-def _differs(old: Plan, files: Sequence[Any], facts: Mapping[str, Any], where: str) -> bool:
+def _differs(old: Plan, files: Sequence[InputFile], facts: Mapping[str, Any], where: str) -> bool:
     try:
         check_same(old, files, facts, where)
     except ConfigError:
