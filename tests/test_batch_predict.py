@@ -302,3 +302,41 @@ def test_without_the_package_of_a_store_the_extra_is_named(
     monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
     done = batch(trained, "s3://bucket/*.jsonl", "-o", tmp_path / "out")
     assert done.returncode == 5 and 'pip install "mopefuse[remote]"' in done.stderr
+
+
+# -- other tasks
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("task", ["retrieval", "segmentation"])
+def test_rankings_and_masks_equal_those_of_predict(task: str, pairs: Path, here: SimpleNamespace, tmp_path: Path) -> None:
+    data, more = pairs, ["--task", "retrieval"]
+    if task == "segmentation":
+        data, more = tmp_path / "masks", []
+        assert call("data", "make", "digit-masks", data, "--train", 20, "--val", 10, "--test", 9).returncode == 0
+    tiny = ("--main", "tiny:vision", "--comp", "tiny:text", "--device", "cpu", "--experts", "2", "--steps", "1")
+    done = call("train", *tiny, "--data", data, "--out", tmp_path / "run", *more)
+    assert done.returncode == 0, done.stderr
+    ranked = ["--gallery", data / "val.jsonl", "--gallery-of", "text", "--top", "2"] if task == "retrieval" else []
+    done = batch(tmp_path / "run", data / "test.jsonl", "-o", tmp_path / "out", *ranked)
+    assert done.returncode == 0, done.stderr
+    one = call("predict", tmp_path / "run", data / "test.jsonl", "-o", tmp_path / "one.jsonl", "--batch", "2", *ranked)
+    assert one.returncode == 0, one.stderr
+    found = [json.loads(line) for line in lines_in(tmp_path / "out")]
+    wanted = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    if task == "retrieval":
+        assert found == wanted
+        return
+    assert [row["id"] for row in found] == [row["id"] for row in wanted]
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert (tmp_path / "out" / mine["mask"]).read_bytes() == (tmp_path / theirs["mask"]).read_bytes()
+    remote = batch(tmp_path / "run", data / "test.jsonl", "-o", "memory://out")
+    assert remote.returncode == 3 and "use --engine local and a local --out" in remote.stderr
+
+
+@pytest.mark.matrix
+def test_a_bundle_predicts_many_tables(exported: Path, tables: Path, here: SimpleNamespace, tmp_path: Path) -> None:
+    done = batch(exported, tables / "a.jsonl", "-o", tmp_path / "out", "--routing")
+    assert done.returncode == 0, done.stderr
+    one = call("predict", exported, tables / "a.jsonl", "--batch", "2", "--device", "cpu", "--routing")
+    assert lines_in(tmp_path / "out") == one.stdout.splitlines()

@@ -347,6 +347,8 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_batch_predict::test_a_damaged_table_is_reported_and_the_others_are_complete",
         "full": "test_batch_engines::test_a_killed_worker_is_replaced_and_a_signal_stops_for_later "
         "test_batch_engines::test_a_killed_actor_of_ray_is_replaced "
+        "test_batch_predict::test_rankings_and_masks_equal_those_of_predict "
+        "test_batch_predict::test_a_bundle_predicts_many_tables "
         "test_batch_engines::test_tables_images_and_output_can_be_in_s3",
     },
     "the files for containers are valid and agree with the server": {

@@ -85,7 +85,8 @@ def _raise_on_signals(stop: StopRequest) -> None:
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, end)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, end)
 
 
 def _connect(address: str | None, workers: int | None) -> None:
