@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from conftest import call, write_rows
 
@@ -56,14 +55,17 @@ def assert_equal_to_predict(run: Path, table: Path, out: Path) -> None:
     assert found == done.stdout.splitlines() and len(found) == 48
 
 
-def kill_below(title: str) -> set[int]:
-    """Kill a process that this one started, directly or through others."""
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            if title in " ".join(process.cmdline()):
-                os.kill(process.pid, signal.SIGKILL)
-                return {process.pid}
-    return set()
+def kill_below(engine: str) -> set[int]:
+    """Kill a process with the model that this one started, directly or through others."""
+    script = Path(__file__).parents[1] / "scripts" / "batch_predict_kill.py"
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.processes_below(os.getpid(), module.TITLES[engine])[:1]
+    for process in found:
+        os.kill(process, signal.SIGKILL)
+    return set(found)
 
 
 def test_a_killed_worker_is_replaced_and_a_signal_stops_for_later(trained: Path, table: Path, tmp_path: Path) -> None:
@@ -72,7 +74,7 @@ def test_a_killed_worker_is_replaced_and_a_signal_stops_for_later(trained: Path,
     def interfere(progress: Progress) -> None:
         nonlocal killed
         if progress.current and not killed:
-            killed = kill_below("spawn_main")
+            killed = kill_below("local")
         if progress.complete >= 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -92,7 +94,7 @@ def test_a_killed_actor_of_ray_is_replaced(trained: Path, table: Path, tmp_path:
     def interfere(progress: Progress) -> None:
         nonlocal killed
         if progress.complete and not killed:
-            killed = kill_below("ray::MapWorker(MapBatches(_Predict))")
+            killed = kill_below("ray")
 
     summary = predict(trained, table, tmp_path / "out", interfere, engine="ray")
     assert summary["rows"] == 48 and summary["partitions"] == 6 and killed

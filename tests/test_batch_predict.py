@@ -201,8 +201,9 @@ def test_a_table_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", [{"id": "1"}] * 4)
     file = inputs.list_files([str(tmp_path / "a.jsonl")])[0]
     span = inputs.divide(file, 2, COLUMNS)[1]
-    write_rows(tmp_path / "a.jsonl", [{"id": "1"}] * 3)
-    assert code_of(lambda: list(inputs.read_rows(file, span, COLUMNS))) == "MF-DATA-09"
+    for changed in ([{"id": "1"}] * 3, [{"id": "2"}] * 4):
+        write_rows(tmp_path / "a.jsonl", changed)
+        assert code_of(lambda: list(inputs.read_rows(file, span, COLUMNS))) == "MF-DATA-09"
 
 
 def test_a_damaged_table_is_reported_and_the_others_are_complete(
@@ -220,6 +221,14 @@ def test_a_damaged_table_is_reported_and_the_others_are_complete(
     before = len(here.predicted)
     done = batch(trained, tables, "-o", out)
     assert done.returncode == 0 and here.predicted[before:] == ["part-00003-00000"], done.stderr
+
+
+def test_success_means_that_every_file_is_there(
+    trained: Path, tables: Path, here: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "run", lambda *_: iter(()))  # an engine that loses partitions
+    done = batch(trained, tables, "-o", tmp_path / "out")
+    assert done.returncode == 7 and "6 partitions missing" in done.stderr and not (tmp_path / "out" / "_SUCCESS").exists()
 
 
 # -- inputs and output

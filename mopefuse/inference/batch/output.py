@@ -163,6 +163,12 @@ class Output:
                 found.append(record)
         return found
 
+    def missing(self, plan: Plan) -> list[str]:
+        """The names of partitions without a file or a record."""
+        sizes = self.sizes()
+        names = [partition.name for partition in plan.partitions]
+        return [name for name in names if not {f"{name}.{self.format}", f"{_RECORDS}/{name}.json"} <= sizes.keys()]
+
     def write(self, partition: Partition, predictions: Sequence[Prediction], seconds: float) -> Record:
         """Write the predictions of a partition, one for each of its rows.
 

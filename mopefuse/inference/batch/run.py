@@ -11,10 +11,10 @@ from typing import Any
 from mopefuse import __version__
 from mopefuse.core import cache
 from mopefuse.core.dependencies import require
-from mopefuse.core.error_codes import ConfigCode, DataCode
+from mopefuse.core.error_codes import ConfigCode, DataCode, ResourceCode
 from mopefuse.core.formatting import several
 from mopefuse.core.stop_request import StopRequest
-from mopefuse.errors import ConfigError, DataError, Interrupted, MopefuseError, error_from_dict
+from mopefuse.errors import ConfigError, DataError, Interrupted, MopefuseError, ResourceError, error_from_dict
 from mopefuse.inference.batch import local
 from mopefuse.inference.batch.inputs import InputFile
 from mopefuse.inference.batch.job import Computer, Job, ModelSource, Reader
@@ -254,5 +254,8 @@ def _finish(output: Output, plan: Plan, settings: BatchSettings, progress: Progr
         what = f"could not read any of {several(plan.rows, 'row')}; first error: {progress.first_error['message']}"
         fix = str(progress.first_error.get("hint") or "pass tables of rows")
         raise DataError(DataCode.NO_ROW_READABLE, what, where=settings.out, fix=fix)
+    if missing := output.missing(plan):
+        what = f"{several(len(missing), 'partition')} missing from the output, such as {missing[0]}"
+        raise ResourceError(ResourceCode.OTHER_PROCESS_FAILED, what, where=settings.out, fix="run the same command again")
     output.write_success(summary)
     return {**summary, "first_error": progress.first_error}
