@@ -223,6 +223,25 @@ def test_a_damaged_table_is_reported_and_the_others_are_complete(
     assert done.returncode == 0 and here.predicted[before:] == ["part-00003-00000"], done.stderr
 
 
+def test_a_table_that_is_damaged_inside_can_be_replaced(
+    trained: Path, tables: Path, here: SimpleNamespace, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in (tables / "a.jsonl").read_text().splitlines()]
+    file, out = tables / "d.parquet", tmp_path / "out"
+    parquet.write_table(arrow.Table.from_pylist(rows), file, row_group_size=4, compression="none", use_dictionary=False)
+    content = bytearray(file.read_bytes())
+    start = parquet.read_metadata(file).row_group(1).column(0).data_page_offset
+    content[start : start + 30] = b"\xff" * 30
+    file.write_bytes(content)
+    done = batch(trained, tables, "-o", out)
+    assert done.returncode == 4 and "8 partitions could" in done.stderr, done.stderr
+    parquet.write_table(arrow.Table.from_pylist(rows[:5]), file)  # with fewer partitions
+    before = len(here.predicted)
+    assert batch(trained, tables, "-o", out).returncode == 0
+    assert here.predicted[before:] == ["part-00003-00000", "part-00003-00001"]
+    assert len(lines_in(out)) == 17 + 5
+
+
 def test_success_means_that_every_file_is_there(
     trained: Path, tables: Path, here: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

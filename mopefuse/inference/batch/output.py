@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -135,11 +135,15 @@ class Output:
 
     def clear(self, plan: Plan) -> None:
         """Remove what was written by a plan, the plan last; other files stay."""
-        ours = {partition.name for partition in plan.partitions}
-        names = [name for name in self.sizes() if _partition_of(name) in ours or name == SUCCESS]
-        for name in [*names, PLAN]:
-            self._storage.rm_file(self.path_of(name))
-        self._storage.invalidate_cache()
+        self.remove_success()
+        self.remove({partition.name for partition in plan.partitions})
+        self._storage.rm_file(self.path_of(PLAN))
+
+    def remove(self, partitions: Collection[str]) -> None:
+        """Remove what was written of partitions, by their names."""
+        for name in self.sizes() if partitions else ():
+            if _partition_of(name) in partitions:
+                self._storage.rm_file(self.path_of(name))
 
     # -- partitions
 

@@ -12,8 +12,8 @@ from functools import cached_property
 from typing import Any
 
 from mopefuse.core import cache
-from mopefuse.core.error_codes import CheckpointCode, ConfigCode
-from mopefuse.errors import CheckpointError, ConfigError, MopefuseError, error_from_dict
+from mopefuse.core.error_codes import CheckpointCode, ConfigCode, DataCode
+from mopefuse.errors import CheckpointError, ConfigError, DataError, MopefuseError, error_from_dict
 from mopefuse.inference.batch.inputs import InputFile, Span, divide
 
 KIND, VERSION = "mopefuse-batch", 1
@@ -38,13 +38,13 @@ class Plan:
     Args:
         settings: what predictions depend on, besides the inputs; by names that messages can use.
         files: the tables. spans: their partitions.
-        problems: why tables cannot be divided into partitions, by their path.
+        problems: why tables cannot be divided into partitions, or some of them not be read, by their path.
     """
 
     settings: Mapping[str, Any]
     files: Sequence[InputFile]
     spans: Mapping[str, Sequence[Span]]
-    problems: Mapping[str, MopefuseError] = field(default_factory=dict)
+    problems: dict[str, MopefuseError] = field(default_factory=dict)
 
     @cached_property
     def partitions(self) -> list[Partition]:
@@ -63,6 +63,11 @@ class Plan:
     def rows(self) -> int:
         """Rows of all partitions."""
         return sum(partition.span.rows for partition in self.partitions)
+
+    def note_problem(self, partition: Partition, error: MopefuseError) -> None:
+        """Note that a table is damaged, if that is why a partition failed."""
+        if isinstance(error, DataError) and error.number != DataCode.DATA_CHANGED:
+            self.problems[partition.file.path] = error
 
     def as_json(self) -> dict[str, Any]:
         """As `from_json` reads it."""

@@ -135,6 +135,8 @@ def start(
     plan = make_plan(files, facts, settings.rows, job.reader.columns(), old)
     if old is None or old.as_json() != plan.as_json():
         output.write_plan(plan)
+    if old is not None:
+        output.remove({partition.name for partition in old.partitions} - {partition.name for partition in plan.partitions})
     progress = Progress(plan.rows, partitions=len(plan.partitions), failures=[*plan.problems.values()])
     for record in (complete := output.complete(plan)):
         progress.add(record)
@@ -229,6 +231,7 @@ def _predict(
                 progress.add(outcome)
             else:
                 progress.failures.append(outcome[1])
+                plan.note_problem(*outcome)
             report(progress)
         if stop.signal_number:
             name = "Ctrl-C" if stop.signal_number == 2 else "SIGTERM"
@@ -244,6 +247,7 @@ def _finish(output: Output, plan: Plan, settings: BatchSettings, progress: Progr
     """
     summary = {**progress.summary(), "inputs": len(plan.files), "format": output.format, "out": settings.out}
     if progress.failures:
+        output.write_plan(plan)  # with the problems: these tables may be replaced
         first = progress.failures[0]
         count = several(len(progress.failures), "table or partition", "tables or partitions")
         what = f"{count} could not be predicted, and {several(progress.complete, 'partition')} could; the first: {first.what}"
