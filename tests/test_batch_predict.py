@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -321,6 +322,14 @@ def test_without_ray_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "ray", None)
     done = batch(trained, tables, "-o", tmp_path / "out", engine="ray")
     assert done.returncode == 5 and 'pip install "mopefuse[ray]"' in done.stderr
+
+
+def test_a_cluster_that_does_not_answer_is_an_error(trained: Path, tables: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    done = batch(trained, tables, "-o", tmp_path / "out", "--ray-address", f"127.0.0.1:{port}", engine="ray")
+    assert done.returncode == 7 and "cannot connect to the Ray cluster" in done.stderr and "--ray-address" in done.stderr
 
 
 def test_without_the_package_of_a_store_the_extra_is_named(

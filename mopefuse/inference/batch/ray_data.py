@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +36,9 @@ _MB = 2**20
 _OBJECTS_MB = 512  # of a cluster on this machine: chunks between the steps
 _BLOCK_MB = 16  # of chunks that travel together
 _READ_MB = 128  # that Ray reserves for a task that reads; that actors reserve other resources also keeps the two steps apart
+
+_HOST_AND_PORT = re.compile(r"(?:ray://)?([\w.-]+):(\d+)")
+_PATIENCE = 10.0  # seconds to connect to a cluster
 
 
 def require_ray() -> None:
@@ -98,8 +103,10 @@ def _connect(address: str | None, workers: int | None) -> None:
         cores = max(os.cpu_count() or 1, (workers or 1) + 1)
         how |= {"num_cpus": cores, "object_store_memory": _OBJECTS_MB * _MB, "include_dashboard": False}
     try:
+        if (found := _HOST_AND_PORT.fullmatch(address or "")) is not None:  # Ray itself would try for many minutes
+            socket.create_connection((found[1], int(found[2])), timeout=_PATIENCE).close()
         ray.init(address=address or "local", **how)
-    except Exception as error:  # ConnectionError, RuntimeError, ValueError
+    except Exception as error:  # OSError, RuntimeError, ValueError
         what = f"cannot connect to the Ray cluster: {str(error).strip().partition(chr(10))[0]}"
         fix = "check the address, or leave out --ray-address to use this machine"
         raise ResourceError(ResourceCode.OTHER_PROCESS_FAILED, what, where=address or "ray.init", fix=fix) from None
