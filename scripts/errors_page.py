@@ -30,6 +30,7 @@ NOTES = {  # for codes whose message is built from variables alone
     "MF-CFG-01": "settings that are unknown, missing or out of bounds, each by its path",
     "MF-CFG-09": "a file or folder cannot be used, with the system's message",
     "MF-CFG-343": "there is no training split to take the labels from, or the labels are not distinct names",
+    "MF-CFG-442": "an option of `predict` that does not fit `--engine`, or needs it",
     "MF-CFG-64": "no input is given, or both a table and `--image` or `--text`",
     "MF-CFG-66": "the input is not a file",
     "MF-CFG-71": "no output folder is given, or two are",

@@ -358,6 +358,16 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_remote_data::test_the_rows_of_remote_data_are_a_data_set_of_torch "
         "test_remote_data::test_remote_data_that_do_not_exist_are_an_error",
     },
+    "a batch prediction has every row once, in order and equal to predict, whatever is killed": {
+        "quick": "test_batch_predict::test_the_files_of_a_folder_equal_predict_byte_for_byte "
+        "test_batch_predict::test_what_was_stopped_continues_where_it_was "
+        "test_batch_predict::test_a_damaged_table_is_reported_and_the_others_are_complete",
+        "full": "test_batch_engines::test_a_killed_worker_is_replaced_and_a_signal_stops_for_later "
+        "test_batch_engines::test_a_killed_actor_of_ray_is_replaced "
+        "test_batch_predict::test_rankings_and_masks_equal_those_of_predict "
+        "test_batch_predict::test_a_bundle_predicts_many_tables "
+        "test_batch_engines::test_tables_images_and_output_can_be_in_s3",
+    },
     "the files for containers are valid and agree with the server": {
         "quick": "test_deploy::test_its_linter_accepts_it test_deploy::test_every_flag_exists test_deploy::test_ports_agree",
         "full": "test_deploy::test_the_slim_image_serves_bundles_and_ends_on_sigterm",

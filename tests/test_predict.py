@@ -19,7 +19,8 @@ from tasks_of import SINGLE
 
 import mopefuse
 from mopefuse.config.schema import Data
-from mopefuse.inference.predict import as_csv, predict_pairs, read_pairs
+from mopefuse.inference.pairs import read_pairs
+from mopefuse.inference.predict import as_csv, predict_pairs
 
 MODALITIES = ("image", "text")
 

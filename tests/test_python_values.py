@@ -20,7 +20,8 @@ from mopefuse.config.schema import Data
 from mopefuse.encoders.preprocess import ImagePreprocess
 from mopefuse.errors import DataError
 from mopefuse.fusion.base import Fusion
-from mopefuse.inference.predict import Predictor, predict_pairs, read_pairs
+from mopefuse.inference.pairs import read_pairs
+from mopefuse.inference.predict import Predictor, predict_pairs
 from mopefuse.modalities.image import open_image, upright_rgb
 
 TEXT = "what is the red digit"

@@ -10,20 +10,21 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from mopefuse.cli import _predict_tables as tables
 from mopefuse.cli.settings import Settings, data_section
 from mopefuse.cli.shared_options import Checkpoint, Device, Model, OtherComp, OtherMain
 from mopefuse.core.error_codes import ConfigCode, DataCode
 
 if TYPE_CHECKING:
     from mopefuse.config.schema import Data
-    from mopefuse.inference.gallery import Gallery
     from mopefuse.inference.mask_files import MaskWriter
+    from mopefuse.inference.pairs import Pair
     from mopefuse.inference.predict import Model as LoadedModel
-    from mopefuse.inference.predict import Pair, Prediction, Predictor
+    from mopefuse.inference.predict import Prediction, Predictor
 
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -31,17 +32,13 @@ _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 def predict(
     run: Model,
-    source: Annotated[
-        str | None, typer.Argument(metavar="INPUT", help="Table of new rows (.jsonl, .csv, ...), or - for stdin.")
-    ] = None,
+    inputs: tables.Inputs = None,
     *,
     image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Instead of INPUT: the image of a single row, usually with --text.")
     ] = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help="The text of that row.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="File to write, .jsonl or .csv. Default: stdout.")
-    ] = None,
+    out: tables.Out = None,
     top: Annotated[
         int | None, typer.Option(min=1, max=10**9, help="Write only the N most probable labels, or N rows of the gallery.")
     ] = None,
@@ -54,41 +51,70 @@ def predict(
     device: Device = "auto",
     main: OtherMain = None,
     comp: OtherComp = None,
+    engine: tables.Engine = None,
+    workers: tables.Workers = None,
+    form: tables.Format = None,
+    partition_rows: tables.PartitionRows = None,
+    ray_address: tables.RayAddress = None,
+    overwrite: tables.Overwrite = False,
+    as_json: tables.AsJson = False,
     settings: Settings,
 ) -> None:
     """Predict labels for new rows.
 
     Writes one line of JSON (or CSV) per row, with the predicted label and probabilities, in input order. Column names
-    that you omit are taken from the run. A model for retrieval ranks the rows of --gallery for each row.
+    that you omit are taken from the run. A model for retrieval ranks the rows of --gallery for each row. With --engine,
+    any number of tables become a folder of files, one for every 10,240 rows; the same command continues after a stop.
 
     \b
     Examples:
       mopefuse predict runs/first new.jsonl -o predictions.csv
       mopefuse predict runs/first --image photo.jpg --text "a red car"
+      mopefuse predict runs/first tables/ -o predictions/ --engine local
     """
-    _check(source, image, text, out, gallery)
+    how = tables.ModelOptions(str(run), checkpoint, device, main, comp, top, routing, batch, gallery, gallery_of)
+    many = tables.BatchOptions(engine, inputs or [], out, workers, form, partition_rows, ray_address, overwrite, as_json)
+    if many.are_given():
+        many.refuse({"--image": image, "--text": text, "--strict": strict})
+        return tables.predict_tables(many, how, settings)
+    given = _Rows(inputs[0] if inputs else None, image, text)
+    file = None if out is None else Path(out)
+    _check(given, file, gallery)
+    _predict_rows(given, file, how, strict, settings)
+
+
+class _Rows(NamedTuple):
+    """The table to predict, or the values of a single row."""
+
+    source: str | None
+    image: Path | None
+    text: str | None
+
+
+def _predict_rows(given: _Rows, file: Path | None, how: tables.ModelOptions, strict: bool, settings: Settings) -> None:
+    from mopefuse.cli._gallery import find_gallery
     from mopefuse.inference.gallery import rank_pairs
     from mopefuse.inference.predict import input_settings, load, predict_pairs
 
-    predictor = load(run, checkpoint=checkpoint, device=device, main=main, comp=comp)
-    config = input_settings(run, data_section(settings))
+    predictor = load(how.run, checkpoint=how.checkpoint, device=how.device, main=how.main, comp=how.comp)
+    config = input_settings(how.run, data_section(settings))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    found, query = _open_gallery(predictor, gallery, gallery_of, _given(source, image, text), config, batch)
-    pairs = islice(_pairs(source, image, text, config, predictor.model, only=query), rank, None, world)
-    how: dict[str, Any] = {"batch": batch, "top": top, "strict": strict}
+    found, query = find_gallery(predictor, how.gallery, how.gallery_of, _queries(given), config, how.batch)
+    pairs = islice(_pairs(given, config, predictor.model, only=query), rank, None, world)
+    options: dict[str, Any] = {"batch": how.batch, "top": how.top, "strict": strict}
     if found is None:
-        how |= {"routing": routing, "masks": _mask_writer(predictor, out)}
+        options |= {"routing": how.routing, "masks": _mask_writer(predictor, file)}
     predict_all = predict_pairs if found is None else partial(rank_pairs, gallery=found)
-    predictions: Iterable[Prediction] = predict_all(predictor, pairs, **how)
+    predictions: Iterable[Prediction] = predict_all(predictor, pairs, **options)
     if world > 1:
-        predictions = _gather(predictions, batch)
+        predictions = _gather(predictions, how.batch)
         if rank:
             deque(predictions, maxlen=0)
             return
-    _note_top(top, predictor.model)
+    _note_top(how.top, predictor.model)
     errors: list[dict[str, str]] = []
-    count = _write(predictions, out, predictor, errors)
-    _summarise(count, errors, str(source))
+    count = _write(predictions, file, predictor, errors)
+    _summarise(count, errors, str(given.source))
 
 
 def _mask_writer(predictor: Predictor, out: Path | None) -> MaskWriter | None:
@@ -100,12 +126,13 @@ def _mask_writer(predictor: Predictor, out: Path | None) -> MaskWriter | None:
     return MaskWriter(out.with_name(f"{out.stem}-masks"), predictor.model.labels)
 
 
-def _check(source: str | None, image: Path | None, text: str | None, out: Path | None, gallery: Path | None) -> None:
+def _check(given: _Rows, out: Path | None, gallery: Path | None) -> None:
     """Refuse input that is missing or of the wrong kind, and a file that cannot be written, before torch is imported."""
     from mopefuse.core.atomic_files import check_file
     from mopefuse.errors import ConfigError
 
-    if (source is None) == (image is None and text is None):
+    source = given.source
+    if (source is None) == (given.image is None and given.text is None):
         what = "no input given" if source is None else "both INPUT and --image or --text given"
         raise ConfigError(ConfigCode.NOT_ONE_INPUT, what, where="predict", fix="pass a table, or --image and --text")
     if out is not None and out.suffix not in (".jsonl", ".csv"):
@@ -163,51 +190,24 @@ def _summarise(count: int, errors: list[dict[str, str]], source: str) -> None:
     err().print(rows, markup=False)
 
 
-def _given(source: str | None, image: Path | None, text: str | None) -> Path | list[str]:
+def _queries(given: _Rows) -> Path | list[str]:
     """The table of queries, or the modalities of a single one; none are known of rows from stdin."""
-    if source not in (None, "-"):
-        return Path(source or "")
-    return [name for name, value in (("image", image), ("text", text)) if value is not None]
+    if given.source not in (None, "-"):
+        return Path(given.source or "")
+    return [name for name, value in (("image", given.image), ("text", given.text)) if value is not None]
 
 
-def _open_gallery(
-    predictor: Predictor, path: Path | None, named: str | None, given: Path | list[str], config: Data, batch: int
-) -> tuple[Gallery | None, str | None]:
-    """The gallery, and the modality of the queries; None for a model that does not rank.
-
-    Raises:
-        ConfigError: no gallery, one that the model cannot rank, or its modality is not clear.
-    """
-    from mopefuse.errors import ConfigError
-    from mopefuse.inference.gallery import choose_modalities, open_gallery, query_modalities
-    from mopefuse.inference.predict import Embedder
-
-    model = predictor.model
-    if path is None and not model.task.compares_samples:
-        return None, None
-    if not isinstance(model, Embedder) or not model.task.compares_samples:
-        what = f"the model was trained for the task {model.task}, and cannot rank a gallery"
-        raise ConfigError(ConfigCode.NO_EMBEDDINGS, what, where="--gallery", fix="remove --gallery")
-    if path is None:
-        nothing, fix = "the model ranks the rows of a gallery, and none was given", "add --gallery TABLE"
-        raise ConfigError(ConfigCode.NO_GALLERY, nothing, where="predict", fix=fix)
-    known = query_modalities(given, model, config) if isinstance(given, Path) else given
-    query, ranked = choose_modalities(model, known or model.modalities, path, config, named)
-    return open_gallery(predictor, path, config, ranked, query, batch=batch), query
-
-
-def _pairs(
-    source: str | None, image: Path | None, text: str | None, config: Data, model: LoadedModel, only: str | None = None
-) -> Iterable[Pair]:
+def _pairs(rows: _Rows, config: Data, model: LoadedModel, only: str | None = None) -> Iterable[Pair]:
     """The rows to predict, from a table, from stdin, or from ``--image`` and ``--text``.
 
     Args:
         only: the modality to read; by default those of the model.
     """
     from mopefuse.errors import DataError
-    from mopefuse.inference.predict import Pair, read_pairs
+    from mopefuse.inference.pairs import Pair, read_pairs
     from mopefuse.modalities.image import open_image
 
+    source, image, text = rows
     if only is not None and source is not None:
         return read_pairs(sys.stdin.buffer if source == "-" else Path(source), config, [only])
     if source is not None:

@@ -126,6 +126,9 @@ class ConfigCode(ErrorCode):
     NO_GALLERY = 412
     GALLERY_UNCLEAR = 413
     NO_EMBEDDINGS = 414
+    BATCH_DIFFERS = 440
+    BATCH_FOLDER_IN_USE = 441
+    BATCH_OPTION = 442
 
 
 @unique

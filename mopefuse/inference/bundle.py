@@ -152,12 +152,21 @@ class Bundle:
 
     def predict_decoded(self, values: Mapping[str, Sequence[Any]]) -> tuple[Array, list[Any] | None]:
         """Decoded outputs (B, N) and routing; see `mopefuse.inference.predict.Model`."""
-        outputs_BN, routing = self.run(self.collate(**modality.to_arguments(values)))
+        return self.predict_batch(self.collate(**modality.to_arguments(values)))
+
+    def predict_batch(self, batch: Mapping[str, Array]) -> tuple[Array, list[Any] | None]:
+        """See `mopefuse.inference.predict.Model`."""
+        outputs_BN, routing = self.run(batch)
         return self.task.decode(outputs_BN), None if routing is None else routing.tolist()
 
     @property
     def embedding_key(self) -> str:
         """See `mopefuse.inference.predict.Embedder`."""
+        return self.digest
+
+    @property
+    def digest(self) -> str:
+        """See `mopefuse.inference.predict.Model`."""
         return cache.make_key(*sorted(map(str, self.manifest["files"].items())))
 
     def embed(self, name: str, values: Sequence[Any]) -> Array:

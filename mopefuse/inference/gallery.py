@@ -27,7 +27,8 @@ from mopefuse.data.index_build import build
 from mopefuse.data.storage.shards import open_files
 from mopefuse.data.tables import columns_in, find_tables
 from mopefuse.errors import ConfigError, DataError
-from mopefuse.inference.predict import Embedder, Pair, Prediction, Predictor, read_pairs
+from mopefuse.inference.pairs import Pair, read_pairs
+from mopefuse.inference.predict import Embedder, Prediction, Predictor
 from mopefuse.modalities.base import to_arguments
 
 VERSION, TOP = 1, 10

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -24,16 +24,11 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.dependencies import not_installed
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode, DataCode, NumericCode
 from mopefuse.core.formatting import json_text, spreadsheet_cell
-from mopefuse.data.columns import Layout, sort_modalities
-from mopefuse.data.rows import InvalidRow, check_input
-from mopefuse.data.storage.shards import open_files
-from mopefuse.data.storage.table import TableRow, parse_json_line
-from mopefuse.data.tables import find_tables
-from mopefuse.errors import CheckpointError, ConfigError, DataError, MopefuseError, NumericError
+from mopefuse.errors import CheckpointError, ConfigError, DataError, NumericError
 from mopefuse.inference.bundle import Bundle
 from mopefuse.inference.mask_files import MaskWriter
+from mopefuse.inference.pairs import Pair
 from mopefuse.modalities import base as modality
-from mopefuse.modalities.file_source import FileSource
 from mopefuse.modalities.masks import encode_runs
 from mopefuse.runs.locate import find_run, get_kind, locate
 from mopefuse.tasks.base import Array, Task
@@ -73,12 +68,19 @@ class ModelFacts(Protocol):
 class Model(ModelFacts, Protocol):
     """A trained run or an exported bundle."""
 
-    def predict_decoded(self, values: Mapping[str, Sequence[Any]]) -> tuple[Array, list[Any] | None]:
-        """What `Task.decode` returns (B, N), and the routing weights of each sample (routed layers, experts) or None.
+    @property
+    def digest(self) -> str:
+        """Digest of everything that a prediction depends on, except the values and the device."""
 
-        Args:
-            values: by modality, B of each.
-        """
+    @property
+    def collate(self) -> Callable[..., Any]:
+        """Prepares values, by the names of arguments, as a batch for `predict_batch`."""
+
+    def predict_batch(self, batch: Any) -> tuple[Array, list[Any] | None]:
+        """What `Task.decode` returns (B, N), and the routing weights of each sample (routed layers, experts) or None."""
+
+    def predict_decoded(self, values: Mapping[str, Sequence[Any]]) -> tuple[Array, list[Any] | None]:
+        """The same for values by modality, B of each."""
 
 
 @runtime_checkable
@@ -136,14 +138,23 @@ class Predictor:
         if isinstance(self.model.task, Segmentation):
             picture = modality.picture_among(self.model.modalities)
             values = {**values, picture: modality.prepare_values(picture, values[picture])}  # their sizes are needed
-        decoded_BN, weights_BLK = self.model.predict_decoded(values)
+        samples = [dict(zip(values, sample, strict=True)) for sample in zip(*values.values(), strict=True)]
+        return self._describe(self.model.predict_decoded(values), samples, top, routing)
+
+    def predict_batch(self, batch: Any, count: int, *, top: int | None = None, routing: bool = False) -> list[Prediction]:
+        """The predictions for what ``model.collate`` returned for `count` samples; not of segmentation. See `predict`."""
+        return self._describe(self.model.predict_batch(batch), [{}] * count, top, routing)
+
+    def _describe(
+        self, outputs: tuple[Array, list[Any] | None], samples: Sequence[Mapping[str, Any]], top: int | None, routing: bool
+    ) -> list[Prediction]:
+        decoded_BN, weights_BLK = outputs
         if not np.isfinite(decoded_BN).all():
             raise NumericError(
                 NumericCode.PREDICTION_NOT_FINITE,
                 "the model's prediction is NaN or infinite",
                 fix="train again, or use a different --checkpoint",
             )
-        samples = [dict(zip(values, sample, strict=True)) for sample in zip(*values.values(), strict=True)]
         both = zip(decoded_BN, samples, strict=True)
         predictions = [describe(self.model, decoded, sample, top) for decoded, sample in both]
         if routing and weights_BLK is not None:
@@ -258,79 +269,6 @@ def input_settings(path: str | Path, changes: Mapping[str, Any] | None = None) -
     else:
         saved = find_run(folder).config().data
     return changed_data(saved.model_copy(update={"path": None, "on_missing": "error"}), changes or {})
-
-
-# -- reading pairs
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One line of the input: its value of each modality that the model reads, or the error that makes it invalid."""
-
-    id: str
-    values: Mapping[str, Any] = field(default_factory=dict)
-    error: MopefuseError | None = None
-
-
-def read_pairs(
-    source: Path | Iterable[bytes],
-    config: DataConfig,
-    modalities: Sequence[str],
-    optional_modalities: Sequence[str] = (),
-    *,
-    empty_is_missing: bool = False,
-) -> Iterator[Pair]:
-    """The samples of a table, or of lines of JSON as they arrive; files are relative to the table's folder.
-
-    Args:
-        modalities: the modalities to read; rows need no others.
-        optional_modalities: the modalities that a row may lack; a row that lacks all of them is invalid.
-        empty_is_missing: whether a row with an empty value lacks the modality.
-
-    Raises:
-        DataError: there is no such file, or it is not a table.
-    """
-    if isinstance(source, Path):
-        if not source.is_file():
-            raise DataError(
-                DataCode.NO_TABLE,
-                f"file not found: {source}",
-                fix="pass a .jsonl, .csv, .tsv or .parquet file, or - for stdin",
-            )
-        table = find_tables(source, config)[""]
-        file, rows, files = table.file, table.rows(), open_files(source, config, [table])
-    else:
-        file, files = "stdin", open_files(Path(), config, [])
-        rows = (TableRow(number, parse_json_line(line)) for number, line in enumerate(source, start=1) if line.strip())
-    needed = [name for name in modalities if name not in optional_modalities]
-    layouts = [Layout.from_config(sort_modalities(needed), config)] if needed else []
-    if optional_modalities:
-        lenient = Layout.from_config(sort_modalities(modalities), config.model_copy(update={"on_missing": "absent"}))
-        layouts.append(replace(lenient, empty_is_missing=empty_is_missing))
-    for found in rows:
-        yield _pair(found, file, files, layouts, config)
-
-
-def _pair(found: TableRow, file: str, files: FileSource, layouts: Sequence[Layout], config: DataConfig) -> Pair:
-    where, identity = f"{file}:{found.line}", str(found.line)
-    try:
-        if isinstance(found.value, str):
-            raise InvalidRow(found.value)
-        values: dict[str, Any] = {}
-        for layout in layouts:
-            identity, found_values = check_input(found.value, found.line, layout)
-            values = {**found_values, **values}  # the first layout decides on modalities that are needed
-        place = f"{where}, id {identity}"
-        for name, value in values.items():
-            if value is not None:
-                values[name] = modality.get_modality(name).read(value, files, where=place, config=config)
-        return Pair(identity, values)
-    except InvalidRow as error:
-        named = "specify its column with --text-col, --image-col or --column, or remove the row"
-        fix = named if str(error).startswith(("has no ", "has none of ")) else "correct or remove the row"
-        return Pair(identity, error=DataError(DataCode.BAD_ROW, f"{where} {error}", where=where, fix=fix))
-    except MopefuseError as error:
-        return Pair(identity, error=error)
 
 
 def predict_pairs(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mopefuse.config.encoder_sides import Comp
 from mopefuse.core import cache
 from mopefuse.core import device as devices
+from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder
 from mopefuse.fusion.collator import Collator, Requirements
 from mopefuse.fusion.retrieval import Towers
@@ -57,13 +58,21 @@ class RunModel:
         thresholds = loaded.thresholds
         self.thresholds: Sequence[float] = [thresholds] * len(self.labels) if isinstance(thresholds, float) else thresholds
 
-    @torch.no_grad()
+    @property
+    def collate(self) -> Collator:
+        """See `mopefuse.inference.predict.Model`; it holds none of the weights."""
+        return self.fusion.collate
+
     def predict_decoded(self, values: Mapping[str, Sequence[Any]]) -> tuple[Array, list[Any] | None]:
         """Decoded outputs (B, N) and routing; see `mopefuse.inference.predict.Model`."""
+        return self.predict_batch(self.collate(**to_arguments(values)))
+
+    @torch.no_grad()
+    def predict_batch(self, batch: Batch) -> tuple[Array, list[Any] | None]:
+        """See `mopefuse.inference.predict.Model`."""
         devices.flush_denormals(self.device)
-        batch = self.fusion.collate(**to_arguments(values)).to(self.device)
         with devices.autocast(self.precision, self.device):
-            output = self.fusion(batch)
+            output = self.fusion(batch.to(self.device))
         decoded_BN = self.task.decode(output.logits_BN.float().cpu().numpy())
         routing = None if output.routing_BLK is None else output.routing_BLK.float().cpu().tolist()
         return decoded_BN, routing
@@ -71,11 +80,16 @@ class RunModel:
     @cached_property
     def embedding_key(self) -> str:
         """See `mopefuse.inference.predict.Embedder`."""
+        return cache.make_key(self.device.type, self.digest)
+
+    @cached_property
+    def digest(self) -> str:
+        """See `mopefuse.inference.predict.Model`."""
         weights = hashlib.sha256()
         for name, tensor in self.fusion.trainable_state_dict().items():
             weights.update(name.encode() + tensor.cpu().numpy().tobytes())
         encoders = [f"{encoder.fingerprint()} {encoder.digest()}" for encoder in self.fusion.encoders.values()]
-        return cache.make_key(self.method, self.precision, self.device.type, *encoders, weights.hexdigest())
+        return cache.make_key(self.method, self.precision, *encoders, weights.hexdigest())
 
     @torch.no_grad()
     def embed(self, name: str, values: Sequence[Any]) -> NDArray[np.float32]:

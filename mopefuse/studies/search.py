@@ -22,6 +22,7 @@ from typing import Any
 from mopefuse.core.artifact import read_json
 from mopefuse.core.dependencies import require
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode
+from mopefuse.core.stop_request import StopRequest
 from mopefuse.data.load import load_data
 from mopefuse.errors import CheckpointError, ConfigError, Interrupted, ResourceError, did_you_mean
 from mopefuse.runs.folder import RunFolder
@@ -38,7 +39,6 @@ from mopefuse.studies.study import (
     write_study,
 )
 from mopefuse.studies.study_file import STUDY_FILE, Cell, Settings, Study
-from mopefuse.training.stop_request import StopRequest
 
 
 @dataclass(frozen=True)

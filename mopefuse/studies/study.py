@@ -27,6 +27,7 @@ from mopefuse.config.schema import WITHOUT_EFFECT
 from mopefuse.core.artifact import FORMAT, dump_json, read_json
 from mopefuse.core.atomic_files import remove_leftovers, write_atomically
 from mopefuse.core.error_codes import ConfigCode, ResourceCode
+from mopefuse.core.stop_request import StopRequest
 from mopefuse.data.base import DataSet
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, Interrupted, MopefuseError, ResourceError
@@ -36,7 +37,6 @@ from mopefuse.studies.cell_process import Message, Task, run_cell
 from mopefuse.studies.memory_budget import MemoryBudget, MemoryReport
 from mopefuse.studies.study_file import KIND, STUDY_FILE, Cell, Study
 from mopefuse.training.resume import diff_settings
-from mopefuse.training.stop_request import StopRequest
 
 WAITING, RUNNING, FINISHED, FAILED, STOPPED = "waiting", "running", "finished", "failed", "stopped"
 _POLL_SECONDS = 0.2  # between two checks for a stop signal

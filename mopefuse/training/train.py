@@ -18,6 +18,7 @@ from mopefuse.core import distributed
 from mopefuse.core.artifact import dump_json
 from mopefuse.core.atomic_files import FREE_SPACE, write_atomically
 from mopefuse.core.error_codes import DataCode
+from mopefuse.core.stop_request import StopRequest
 from mopefuse.core.tensor_files import read_tensors, write_tensors
 from mopefuse.data.base import SPLITS, DataSet
 from mopefuse.errors import DataError, Interrupted, ResourceError
@@ -30,7 +31,6 @@ from mopefuse.training.plan import Prepared, prepare
 from mopefuse.training.resume import merge_resumed
 from mopefuse.training.run_facts import get_versions, sampled_ids
 from mopefuse.training.start_layer import PrefixTables, prepare_prefixes
-from mopefuse.training.stop_request import StopRequest
 from mopefuse.training.trainer import Start, Trainer
 from mopefuse.training.warm_start import baselines_at_start, initial_state
 

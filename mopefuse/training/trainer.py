@@ -21,6 +21,7 @@ from mopefuse.core import distributed
 from mopefuse.core.artifact import dump_json
 from mopefuse.core.atomic_files import write_atomically
 from mopefuse.core.error_codes import ConfigCode, NumericCode
+from mopefuse.core.stop_request import StopRequest
 from mopefuse.core.tensor_files import read_tensors, write_tensors
 from mopefuse.data.base import Batch, DataSet
 from mopefuse.data.collate import Key, derive_seed, epoch_batches, process_share
@@ -46,7 +47,6 @@ from mopefuse.training.optimizer import (
 )
 from mopefuse.training.start_layer import SPLITS, PrefixTables
 from mopefuse.training.step import Backward
-from mopefuse.training.stop_request import StopRequest
 
 _START_SCORES, _TRAIN_FROM = "start-scores.safetensors", "train-from.safetensors"
 _LESS = 0.999  # factor by which a loss must fall to count as an improvement

@@ -22,7 +22,7 @@ TAR, PARQUET, ARROW = ".tar", ".parquet", ".arrow"
 SHARD_SUFFIXES = (TAR, PARQUET, ARROW)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
-_MOST_SHARDS = 1_000_000
+_MOST_SHARDS = 1_000_000  # that a range may stand for
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "xet_hash", "blob_id", "LastModified", "last_modified", "created")
 
 
@@ -152,13 +152,18 @@ def expand(path: Path) -> list[Path]:
         DataError: a range has too many numbers.
     """
     found: list[Path] = []
-    for text in _braces(str(path)):
+    for text in expand_braces(str(path)):
         one = data_path(text)
         found += _wildcards(one) if has_magic(text) else [one]
     return found
 
 
-def _braces(text: str) -> Iterator[str]:
+def expand_braces(text: str) -> Iterator[str]:
+    """The texts that ranges and lists in braces stand for, in their order.
+
+    Raises:
+        DataError: a range has too many numbers.
+    """
     match = _RANGE.search(text)
     if match is None:
         yield text
@@ -173,7 +178,7 @@ def _braces(text: str) -> Iterator[str]:
         step = 1 if last >= first else -1
         choices = [str(number).zfill(len(match[1])) for number in range(first, last + step, step)]
     for choice in choices:
-        yield from _braces(text[: match.start()] + choice + text[match.end() :])
+        yield from expand_braces(text[: match.start()] + choice + text[match.end() :])
 
 
 def _wildcards(path: Path) -> list[Path]:

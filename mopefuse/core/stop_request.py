@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in training: finish the step, publish a checkpoint, stop."""
+"""Ctrl-C and SIGTERM in long work: finish the step, save what is needed to continue, stop."""
 
 from __future__ import annotations
 
