@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import has_magic
 from pathlib import Path
@@ -115,7 +115,7 @@ def stamp_of(path: Path) -> Stamp:
     return remote_stamp(file_system(path).info(cast(Any, path).path))
 
 
-def remote_stamp(facts: dict[str, Any]) -> Stamp:
+def remote_stamp(facts: Mapping[str, Any]) -> Stamp:
     """The stamp of a remote file, from what fsspec says about it."""
     version = next((f"{key} {facts[key]}" for key in _VERSIONS if facts.get(key)), "")
     return Stamp(int(facts.get("size") or 0), int.from_bytes(digest(version)[:7], "big"))
