@@ -128,12 +128,30 @@ def max_over_processes(number: int, device: torch.device) -> int:
     return int(value.item())
 
 
+def is_any(value: bool) -> bool:
+    """Whether the value of any process is true, waiting for all of them however long they take."""
+    if not dist.is_initialized():
+        return value
+    found = torch.tensor([int(value)])
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=_patient_group)
+    return bool(found.item())
+
+
 def gather(value: Any) -> list[Any]:
     """Collect the value of every process, ordered by rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
+    return values
+
+
+def _gather_patiently(value: Any) -> list[Any]:
+    """`gather`, waiting however long it takes."""
+    values: list[Any] = [value]
+    if dist.is_initialized():
+        values *= world_size()
+        dist.all_gather_object(values, value, group=_patient_group)
     return values
 
 
@@ -199,6 +217,47 @@ def broadcast_from_main(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, group=_patient_group)
     return values[0]
+
+
+def in_turns(action: Callable[[], Any]) -> Any:
+    """Run `action` in every process, one after another on each machine, and return its result.
+
+    `action` must not exchange anything with other processes.
+    """
+    result = None
+    for turn in range(max(gather(local_world()))):
+        if turn == local_rank():
+            result = action()
+        barrier()
+    return result
+
+
+def run_on_all(action: Callable[[], Any]) -> list[Any]:
+    """Run `action` in every process, however long it takes; returns the results of all, ordered by rank.
+
+    Raises:
+        Exception: what `action` raised in the first process in which it failed, in every process.
+    """
+    outcome: Any = None
+    try:
+        outcome = (True, action())
+    except Exception as error:
+        if world_size() == 1:
+            raise
+        outcome = (False, error)
+    outcomes = _gather_patiently(outcome)
+    for done, value in outcomes:
+        if not done:
+            raise value
+    return [value for _, value in outcomes]
+
+
+def run_on_each_node(action: Callable[[], Any]) -> None:
+    """Run `action` in the first process of each machine while its others wait, see `run_on_all`.
+
+    Use this to write files to caches that the processes of a machine read afterwards.
+    """
+    run_on_all(lambda: action() and None if local_rank() == 0 else None)
 
 
 def run_on_main(action: Callable[[], Any]) -> Any:

@@ -29,6 +29,7 @@ from mopefuse.data.collate import Key, Samples
 from mopefuse.data.feature_shards import FeatureStore, Lookup, Mapped, Values
 from mopefuse.encoders.base import Encoder, Inputs
 from mopefuse.encoders.frozen import encode_pooled
+from mopefuse.encoders.sharding import uneven_calls
 from mopefuse.modalities.base import get_modality
 
 VERSION = 2
@@ -189,14 +190,15 @@ class Computation:
                 not_stored.append(joined)
             waiting.clear()
 
-        for piece in self.compute(np.flatnonzero(share_U)):
-            waiting.append(piece)
-            size = sum(piece.rows_RC.nbytes for piece in waiting)
-            if size >= _SHARD_BYTES or time.monotonic() - began >= _SHARD_SECONDS:
-                publish()
-                began = time.monotonic()
-            if not_stored and not keep:
-                return not_stored
+        with uneven_calls(self.encoder):
+            for piece in self.compute(np.flatnonzero(share_U)):
+                waiting.append(piece)
+                size = sum(piece.rows_RC.nbytes for piece in waiting)
+                if size >= _SHARD_BYTES or time.monotonic() - began >= _SHARD_SECONDS:
+                    publish()
+                    began = time.monotonic()
+                if not_stored and not keep:
+                    return not_stored
         if waiting:
             publish()
         return not_stored
@@ -268,7 +270,8 @@ class FeatureComputation(Computation):
             here = np.flatnonzero(lacking_U & (found.shard_U == number))
             table_UC[here] = torch.from_numpy(shard.values[found.row_U[here]])
             lacking_U[here] = False
-        for piece in self.compute(np.flatnonzero(lacking_U)):  # features of shards that were removed since
-            table_UC[piece.numbers_M] = torch.from_numpy(piece.rows_RC)
+        with uneven_calls(self.encoder):
+            for piece in self.compute(np.flatnonzero(lacking_U)):  # features of shards that were removed since
+                table_UC[piece.numbers_M] = torch.from_numpy(piece.rows_RC)
         table: Values = distributed.sum_over_processes(table_UC).numpy()
         return table
