@@ -1,0 +1,121 @@
+"""Encoders sharded over processes: the same features, gradients and runs as with whole encoders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import call, code_of, make_pairs, matrix, plain_config, ranks
+from encoder_cases import every_spec
+from test_train import log, weights
+
+from mopefuse.runs.folder import RunFolder
+from mopefuse.training.listener import Listener
+from mopefuse.training.plan import plan
+
+FEW = ("tiny: text", "hf: bert", "timm: vit", "timm: resnet")
+MORE = (
+    "hf: albert", "hf: llama", "hf: swin", "hf: deberta-v2", "timm: swinv2", "timm: beit-shared", "timm: eva02",
+    "open_clip: visual tower", "open_clip: text tower", "open_clip: siglip-visual tower",
+)  # fmt: skip
+"""Layers that share weights, several stages, weights beside the layers, attention that reads its weights directly."""
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("encoders")
+    return folder, every_spec(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(tmp_path_factory.mktemp("pairs") / "data", counts={"train": 20, "val": 7, "test": 5})
+
+
+@pytest.mark.parametrize("names", matrix([FEW, MORE], [FEW]), ids=["few", "more"])
+def test_a_sharded_encoder_equals_a_whole_one(specs: tuple[Path, dict[str, str]], names: tuple[str, ...]) -> None:
+    """Features, gradients of prompts, recomputed layers, bf16 and prefixes; processes run it different numbers of times."""
+    folder, every = specs
+    (folder / "specs.json").write_text(json.dumps({name: every[name] for name in names}))
+    done = ranks(2 if names == FEW else 3, folder, program=(str(Path(__file__).with_name("sharded_program.py")),))
+    assert done.returncode == 0, done.stderr
+
+
+def command(data: Path, out: Path, *more: str) -> list[str]:
+    """Train the default method without dropout, which depends on the number of processes."""
+    sets = "prompts.dropout=0 prompts.token_dropout=0 router.noise=false head_dropout=0 train.log_every=1".split()
+    plain = [part for one in sets for part in ("--set", one)]
+    fixed = ["train", "--device", "cpu", "--batch", "9", "--epochs", "2", "--experts", "4"]
+    return [*fixed, "--data", str(data), "--out", str(out), *plain, *more]
+
+
+def assert_equal_runs(one: Path, other: Path, *, exact: bool) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        # compared by norm, since AdamW turns the rounding of a gradient close to 0 into a full step
+        difference = float((a[name] - b[name]).norm() / a[name].norm().clamp(min=1e-12))
+        assert difference <= (0 if exact else 1e-3), f"{name}: {difference:.1e}"
+    for line, same in zip(log(one), log(other), strict=True):
+        assert line.keys() == same.keys()
+        if "loss" in line:
+            assert line["loss"] == pytest.approx(same["loss"], abs=0 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("kind", matrix(["prefixes", "libraries"], ["prefixes"]))
+def test_sharded_runs_equal_whole_ones(
+    data: Path, tmp_path: Path, specs: tuple[Path, dict[str, str]], kind: str
+) -> None:
+    """Nothing divides evenly: 20 samples in batches of 9, validation on 7, a test on 5.
+
+    With `prefixes`, features, tokens and the outputs of early layers are cached; with `libraries`, both encoders run in every step, with prompts
+    in all layers of main and in comp.
+    """
+    both = ["--main", "tiny:vision", "--comp", "tiny:text", "--cache-prefix", "on"]
+    both += ["--condition", "tokens", "--warm-start", "linear", "--head-features", "all", "--head-hidden", "0"]
+    if kind == "libraries":
+        both = ["--main", specs[1]["timm: vit"], "--comp", specs[1]["hf: bert"], "--comp-tuning", "prompts"]
+        both += ["--layers", "all", "--film", "--set", "train.accumulate=2", "--set", "train.checkpoint_activations=true"]
+    counts = {"one": 1, "two": 2, "two-sharded": 2, "four-sharded": 4}
+    for name, processes in counts.items():
+        sharded = ["--shard-encoders", "both"] if "sharded" in name else []
+        done = ranks(processes, *command(data, tmp_path / name, *both, *sharded), MOPEFUSE_CACHE=str(tmp_path / "cache" / name))
+        assert done.returncode == 0, done.stderr
+    assert_equal_runs(tmp_path / "two", tmp_path / "two-sharded", exact=True)
+    for name in ("two-sharded", "four-sharded"):
+        assert_equal_runs(tmp_path / "one", tmp_path / name, exact=False)
+    predictions = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("two", "two-sharded")]
+    assert predictions[0] == predictions[1]
+    # one process evaluates the run, and continues it
+    evaluated = call("eval", tmp_path / "four-sharded", "--device", "cpu", "--json")
+    metrics = json.loads((tmp_path / "four-sharded" / "metrics.json").read_text())["metrics"]["test"]
+    assert json.loads(evaluated.stdout)["metrics"] == pytest.approx(metrics, abs=1e-4), evaluated.stderr
+    longer = call("train", "--resume", "--out", tmp_path / "four-sharded", "--epochs", "3")
+    assert longer.returncode == 0, longer.stderr
+    assert RunFolder(tmp_path / "four-sharded").result()["processes"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "fix"),
+    [
+        ({"comp_tuning": {"mode": "lora"}, "train": {"shard": "both"}}, "use --shard-encoders main"),
+        ({"comp_tuning": {"mode": "full"}, "train": {"shard": "comp"}}, "remove --shard-encoders"),
+        ({"train": {"shard": "main", "compile": True}}, "remove train.compile, or --shard-encoders"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_before_training(data: Path, changed: dict[str, object], fix: str) -> None:
+    config = plain_config({"main": "tiny:vision", "comp": "tiny:text", "data": {"path": str(data)}, **changed})
+    try:
+        plan(config, Listener())
+    except Exception as error:
+        assert getattr(error, "fix", "") == fix
+        assert code_of(lambda: plan(config, Listener())) == "MF-CFG-361"
+    else:
+        raise AssertionError("not refused")
+
+
+def test_one_process_says_that_it_cannot_shard(data: Path, tmp_path: Path) -> None:
+    done = call(*command(data, tmp_path / "run", "--main", "tiny:vision", "--comp", "tiny:text", "--shard-encoders", "both"))
+    assert done.returncode == 0, done.stderr
+    assert "--shard-encoders has no effect in one process" in done.stderr
