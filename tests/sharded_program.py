@@ -42,7 +42,10 @@ class Tensors:
 
     def __init__(self, encoder: Encoder, count: int) -> None:
         random = torch.Generator().manual_seed(2)
-        draw = lambda *shape: torch.randn(shape, generator=random).requires_grad_()  # noqa: E731
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=random).requires_grad_()
+
         self.prompts = [draw(count, 2, width) for width in encoder.widths]
         self.gates = [draw(heads) for heads in encoder.heads]
         self.scales = [draw(count, width) for width in encoder.widths]
@@ -112,8 +115,8 @@ def compare(name: str, spec: str) -> None:
     prefixes = [one.compute_prefix(inputs, last) for one in (sharded, whole)]
     same([prefixes[0].tokens_BLD], [prefixes[1].tokens_BLD], f"{name}: prefix")
     with torch.no_grad():
-        started = [outputs(one.encode(inputs, None, None, prefixes[1])) for one in (sharded, whole)]
-    same(*started, f"{name}: from a prefix")
+        found, wanted = (outputs(one.encode(inputs, None, None, prefixes[1])) for one in (sharded, whole))
+    same(found, wanted, f"{name}: from a prefix")
     if whole.supports_inserted_tokens:
         try:
             sharded.run_layer(0, prefixes[1].tokens_BLD)

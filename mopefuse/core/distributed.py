@@ -7,7 +7,10 @@ batch cannot be divided evenly, for which averaging over processes would be wron
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,6 +24,7 @@ from mopefuse.core.registry import redirect_stdout_to_stderr
 
 _TIMEOUT = timedelta(minutes=10)  # for work that is divided evenly
 _LONG_TIMEOUT = timedelta(days=365)  # for long work of one process; if a process dies, its connections close immediately
+_SEND_WHEN_PARENT_ENDS = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 _PART = 64 * 2**20  # bytes of a process's rows that are sent at once
 _patient_group: dist.ProcessGroup | None = None  # all processes, over separate connections with `_LONG_TIMEOUT`
 
@@ -29,6 +33,7 @@ def start() -> tuple[int, int]:
     """Initialise the process group if torchrun started this process, and return (rank, number of processes)."""
     global _patient_group
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    _end_with_launcher()
     if world > 1 and not dist.is_initialized():
         # Objects and CPU tensors are sent over gloo even if gradients are sent over NCCL.
         gpus = torch.cuda.is_available() and torch.cuda.device_count() >= local_world()
@@ -40,6 +45,12 @@ def start() -> tuple[int, int]:
         assert isinstance(everyone, dist.ProcessGroup)
         _patient_group = everyone
     return rank(), world_size()
+
+
+def _end_with_launcher() -> None:
+    """Let Linux send SIGTERM to this process when its torchrun is killed; it would otherwise go on, and block a restart."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_SEND_WHEN_PARENT_ENDS, signal.SIGTERM)
 
 
 @contextmanager
@@ -146,7 +157,7 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def _gather_patiently(value: Any) -> list[Any]:
+def gather_patiently(value: Any) -> list[Any]:
     """`gather`, waiting however long it takes."""
     values: list[Any] = [value]
     if dist.is_initialized():
@@ -245,7 +256,7 @@ def run_on_all(action: Callable[[], Any]) -> list[Any]:
         if world_size() == 1:
             raise
         outcome = (False, error)
-    outcomes = _gather_patiently(outcome)
+    outcomes = gather_patiently(outcome)
     for done, value in outcomes:
         if not done:
             raise value

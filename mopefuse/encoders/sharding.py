@@ -134,4 +134,5 @@ def _layers(encoder: Encoder) -> list[nn.Module]:
         return list(dict.fromkeys(slot.block for slot in encoder._slots))
     lists = [module for module in encoder.modules() if isinstance(module, nn.ModuleList)]
     inner = {id(one) for module in lists for entry in module for one in entry.modules()}
-    return [entry for module in lists if id(module) not in inner for entry in module if next(entry.parameters(), None) is not None]
+    outer = [entry for module in lists if id(module) not in inner for entry in module]
+    return [entry for entry in outer if next(entry.parameters(), None) is not None]
