@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -53,7 +52,7 @@ class Nodes:
         self._folder, self._arguments, self._port = folder, arguments, free_port()
         self._options = ["--nnodes", nodes, "--nproc-per-node", str(per_node), "--max-restarts", "9", "--rdzv-backend", "c10d"]
         self._options += ["--rdzv-endpoint", f"localhost:{self._port}", "--rdzv-id", "job", "--local-addr", "127.0.0.1"]
-        self._options += ["--rdzv-conf", "last_call_timeout=1,join_timeout=60", "--monitor-interval", "0.05"]
+        self._options += ["--rdzv-conf", "last_call_timeout=1,join_timeout=60,keep_alive_interval=1,keep_alive_max_attempt=5", "--monitor-interval", "0.05"]
         self.agents: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, node: int) -> None:
@@ -139,53 +138,65 @@ def wait_until(condition: Callable[[], bool], nodes: Nodes, timeout: float = 90)
         time.sleep(0.005)
 
 
-STEPS = 300
+STEPS = 90
+
+
+@pytest.fixture(scope="module")
+def more_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten steps per epoch."""
+    return make_pairs(tmp_path_factory.mktemp("pairs") / "more", counts={"train": 90, "val": 7, "test": 5})
 
 
 @pytest.mark.soak
 def test_a_run_whose_processes_are_killed_equals_an_undisturbed_one(
-    data: Path, tmp_path: Path, start_nodes: Callable[..., Nodes]
+    more_data: Path, tmp_path: Path, start_nodes: Callable[..., Nodes]
 ) -> None:
     """First, torchrun restarts four processes, of which one is killed: bit for bit the same with as many processes.
 
-    Then a node disappears and the other goes on with two processes, and last the same command is started with three.
+    Then a node disappears and the other goes on with two processes, until it disappears, too, and the same command is started
+    with three.
     """
-    dice = random.Random(0)
+    dice, run = random.Random(0), tmp_path / "run"
     more = ["--set", "train.checkpoint_every=7", "--set", "train.schedule=constant", "--resume", "--warm-start", "none"]
-    first = [*command(data, tmp_path / "run", *more), "--epochs", "1000", "--steps", str(STEPS)]
-    nodes = start_nodes(*first, nodes="1:2")
-    for node in (0, 1):
-        nodes.start(node)
-    killed_at = []
-    for _ in range(3):
-        step = logged_step(tmp_path / "run")
-        wait_until(lambda: logged_step(tmp_path / "run") > step + dice.randrange(5, 40), nodes)  # noqa: B023
-        killed_at.append(logged_step(tmp_path / "run"))
-        os.kill(dice.choice(nodes.workers(dice.randrange(2))), signal.SIGKILL)
-        wait_until(lambda: len(nodes.workers(0)) + len(nodes.workers(1)) < 4, nodes)
-    assert nodes.wait() == [0, 0], nodes.printed()
-    assert max(killed_at) < STEPS, "every process was killed in training"
-    undisturbed = ranks(4, *command(data, tmp_path / "four", *more), "--epochs", "1000", "--steps", STEPS)
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    assert_equal_runs(tmp_path / "four", tmp_path / "run", exact=True)
+    more += ["--epochs", "1000"]
 
-    shutil.copytree(tmp_path / "run", tmp_path / "one")
-    longer = [*command(data, tmp_path / "run", *more), "--epochs", "1000", "--steps", str(2 * STEPS)]
-    nodes = start_nodes(*longer, nodes="1:2")
-    for node in (0, 1):
-        nodes.start(node)
-    wait_until(lambda: logged_step(tmp_path / "run") > STEPS + 20, nodes)
-    nodes.agents.pop(1).kill()
-    wait_until(lambda: logged_step(tmp_path / "run") > STEPS + 60 and len(nodes.workers(0)) == 2, nodes)
-    nodes.agents.pop(0).kill()
-    killed_at = [logged_step(tmp_path / "run")]
-    time.sleep(2)
-    again = ranks(3, *longer)
-    assert again.returncode == 0, again.stderr
-    assert killed_at[0] < 2 * STEPS
-    undisturbed = call(*command(data, tmp_path / "one", *more), "--epochs", "1000", "--steps", 2 * STEPS)
+    def step() -> int:
+        return logged_step(run)
+
+    def start(steps: int) -> Nodes:
+        nodes = start_nodes(*command(more_data, run, *more, "--steps", str(steps)), nodes="1:2")
+        for node in (0, 1):
+            nodes.start(node)
+        return nodes
+
+    nodes = start(STEPS)
+    for number in range(3):
+        wait_until(lambda: step() >= 20 * number + dice.randrange(10, 25), nodes)  # noqa: B023
+        os.kill(dice.choice(nodes.workers(dice.randrange(2))), signal.SIGKILL)
+        assert step() < STEPS - 10, "every process was killed in training"
+        wait_until(lambda: len(nodes.workers(0)) + len(nodes.workers(1)) < 4, nodes)
+        wait_until(lambda: len(nodes.workers(0)) + len(nodes.workers(1)) == 4, nodes)
+    assert nodes.wait() == [0, 0], nodes.printed()
+    undisturbed = ranks(4, *command(more_data, tmp_path / "four", *more, "--steps", str(STEPS)))
     assert undisturbed.returncode == 0, undisturbed.stderr
-    assert_equal_runs(tmp_path / "one", tmp_path / "run", exact=False)
+    assert_equal_runs(tmp_path / "four", run, exact=True)
+
+    nodes = start(2 * STEPS)
+    wait_until(lambda: step() > STEPS + 10, nodes)
+    nodes.agents.pop(1).kill()
+    at = step()
+    wait_until(lambda: step() > at + 15 and "took over" in nodes.printed(), nodes)
+    assert step() < 2 * STEPS - 10, "the node was killed in training"
+    workers = nodes.workers(0)
+    assert len(workers) == 2
+    nodes.agents.pop(0).kill()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), nodes)
+    assert step() < 2 * STEPS, "both nodes were killed in training"
+    again = ranks(3, *command(more_data, run, *more, "--steps", str(2 * STEPS)))
+    assert again.returncode == 0, again.stderr
+    undisturbed = call(*command(more_data, tmp_path / "one", *more, "--steps", str(2 * STEPS)))
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    assert_equal_runs(tmp_path / "one", run, exact=False)
 
 
 def test_the_same_command_starts_continues_and_repeats_a_run(data: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from pathlib import Path
 from uuid import uuid4
 
 from mopefuse.core import cache, distributed

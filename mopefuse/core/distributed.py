@@ -7,10 +7,7 @@ batch cannot be divided evenly, for which averaging over processes would be wron
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,11 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mopefuse.core import fresh_store
+from mopefuse.core.launcher import end_with_launcher
 from mopefuse.core.registry import redirect_stdout_to_stderr
 
 _TIMEOUT = timedelta(minutes=10)  # for work that is divided evenly
 _LONG_TIMEOUT = timedelta(days=365)  # for long work of one process; if a process dies, its connections close immediately
-_SEND_WHEN_PARENT_ENDS = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 _PART = 64 * 2**20  # bytes of a process's rows that are sent at once
 _patient_group: dist.ProcessGroup | None = None  # all processes, over separate connections with `_LONG_TIMEOUT`
 
@@ -33,24 +31,21 @@ def start() -> tuple[int, int]:
     """Initialise the process group if torchrun started this process, and return (rank, number of processes)."""
     global _patient_group
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    _end_with_launcher()
+    end_with_launcher()
     if world > 1 and not dist.is_initialized():
         # Objects and CPU tensors are sent over gloo even if gradients are sent over NCCL.
         gpus = torch.cuda.is_available() and torch.cuda.device_count() >= local_world()
         if gpus:
             torch.cuda.set_device(local_rank())
         with redirect_stdout_to_stderr():  # where Gloo of older versions of torch prints its connections
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_TIMEOUT)
+            options: dict[str, Any] = {}
+            if fresh_store.is_reused():
+                options = dict(zip(("store", "rank", "world_size"), fresh_store.join(_TIMEOUT), strict=True))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_TIMEOUT, **options)
             everyone = dist.new_group(backend="gloo", timeout=_LONG_TIMEOUT)
         assert isinstance(everyone, dist.ProcessGroup)
         _patient_group = everyone
     return rank(), world_size()
-
-
-def _end_with_launcher() -> None:
-    """Let Linux send SIGTERM to this process when its torchrun is killed; it would otherwise go on, and block a restart."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_SEND_WHEN_PARENT_ENDS, signal.SIGTERM)
 
 
 @contextmanager
