@@ -49,15 +49,17 @@ class Nodes:
     """
 
     def __init__(self, folder: Path, arguments: list[str], *, nodes: str = "2", per_node: int = 2) -> None:
-        self._folder, self._arguments, self._port = folder, arguments, free_port()
+        self._folder, self._arguments, self._elastic = folder, arguments, ":" in nodes
         self._options = ["--nnodes", nodes, "--nproc-per-node", str(per_node), "--max-restarts", "9", "--rdzv-backend", "c10d"]
-        self._options += ["--rdzv-endpoint", f"localhost:{self._port}", "--rdzv-id", "job", "--local-addr", "127.0.0.1"]
+        self._options += ["--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "job", "--local-addr", "127.0.0.1"]
         self._options += ["--rdzv-conf", "last_call_timeout=1,join_timeout=60,keep_alive_interval=1,keep_alive_max_attempt=5", "--monitor-interval", "0.05"]
         self.agents: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, node: int) -> None:
         launcher = [sys.executable, "-m", "torch.distributed.run", *self._options, "-m", "mopefuse", *self._arguments]
         environment = {"OMP_NUM_THREADS": "1", "MOPEFUSE_CACHE": str(self._folder / f"cache-{node}")}
+        if self._elastic:
+            environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as docs/how-to/distributed.md says
         with (self._folder / f"node-{node}.txt").open("ab") as printed:
             self.agents[node] = subprocess.Popen(launcher, env=os.environ | environment, stdout=printed, stderr=printed)
 
@@ -163,13 +165,13 @@ def test_a_run_whose_processes_are_killed_equals_an_undisturbed_one(
     def step() -> int:
         return logged_step(run)
 
-    def start(steps: int) -> Nodes:
-        nodes = start_nodes(*command(more_data, run, *more, "--steps", str(steps)), nodes="1:2")
+    def start(steps: int, count: str) -> Nodes:
+        nodes = start_nodes(*command(more_data, run, *more, "--steps", str(steps)), nodes=count)
         for node in (0, 1):
             nodes.start(node)
         return nodes
 
-    nodes = start(STEPS)
+    nodes = start(STEPS, "2")
     for number in range(3):
         wait_until(lambda: step() >= 20 * number + dice.randrange(10, 25), nodes)  # noqa: B023
         os.kill(dice.choice(nodes.workers(dice.randrange(2))), signal.SIGKILL)
@@ -181,7 +183,7 @@ def test_a_run_whose_processes_are_killed_equals_an_undisturbed_one(
     assert undisturbed.returncode == 0, undisturbed.stderr
     assert_equal_runs(tmp_path / "four", run, exact=True)
 
-    nodes = start(2 * STEPS)
+    nodes = start(2 * STEPS, "1:2")
     wait_until(lambda: step() > STEPS + 10, nodes)
     nodes.agents.pop(1).kill()
     at = step()
