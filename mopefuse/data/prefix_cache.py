@@ -135,7 +135,7 @@ def split_prefixes(
             ResourceCode.PREFIX_CACHE_NOT_WRITABLE,
             f"outputs of early layers of {encoder.spec} cannot be kept in the cache",
             where="--cache-prefix",
-            fix="set MOPEFUSE_CACHE to a folder with more space that all processes of a machine share, or use --cache-prefix off",
+            fix="set MOPEFUSE_CACHE to a folder with more space, shared on each machine, or use --cache-prefix off",
         )
     return found
 

@@ -80,7 +80,7 @@ def split_tokens(
         return reason
     computation = TokenComputation(encoder, data, split, config, device, store=store, advance=advance)
     found = collect(computation, TokenTable)
-    return found or "the cache cannot keep them; set MOPEFUSE_CACHE to a folder with more space that all processes of a machine share"
+    return found or "the cache cannot keep them; set MOPEFUSE_CACHE to a folder with more space, shared on each machine"
 
 
 def token_store(encoder: Encoder, config: RunConfig, device: torch.device) -> FeatureStore:
