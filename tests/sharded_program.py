@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,11 +32,11 @@ def build(spec: str) -> Encoder:
 
 def inputs_of(encoder: Encoder, count: int = 3) -> Inputs:
     random = np.random.default_rng(count)
-    values = {
+    values: dict[str, list[Any]] = {
         "text": ["the quick brown fox", "dogs", "two lazy cats keep sleeping over a brown dog"],
         "image": [Image.fromarray(random.integers(0, 256, (40, 40, 3), dtype=np.uint8)) for _ in range(count)],
-    }[encoder.modality][:count]
-    return encoder.preprocess.batch([encoder.preprocess.item(value) for value in values])
+    }
+    return encoder.preprocess.batch([encoder.preprocess.item(value) for value in values[encoder.modality][:count]])
 
 
 class Tensors:

@@ -13,7 +13,7 @@ import time
 from datetime import timedelta
 from uuid import uuid4
 
-from torch.distributed import PrefixStore, Store, rendezvous
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 _PAUSE = 0.02  # seconds between two looks for questions
 
