@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,9 @@ class Nodes:
     """
 
     def __init__(self, folder: Path, arguments: list[str], *, nodes: str = "2", per_node: int = 2) -> None:
-        self._folder, self._arguments, self._elastic = folder, arguments, ":" in nodes
+        self._folder, self._arguments, self._elastic, self._port = folder, arguments, ":" in nodes, free_port()
         self._options = ["--nnodes", nodes, "--nproc-per-node", str(per_node), "--max-restarts", "9", "--rdzv-backend", "c10d"]
-        self._options += ["--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "job", "--local-addr", "127.0.0.1"]
+        self._options += ["--rdzv-endpoint", f"localhost:{self._port}", "--rdzv-id", "job", "--local-addr", "127.0.0.1"]
         self._options += ["--rdzv-conf", "last_call_timeout=1,join_timeout=60,keep_alive_interval=1,keep_alive_max_attempt=5"]
         self._options += ["--monitor-interval", "0.05"]
         self.agents: dict[int, subprocess.Popen[bytes]] = {}
@@ -63,6 +64,10 @@ class Nodes:
             environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as docs/how-to/distributed.md says
         with (self._folder / f"node-{node}.txt").open("ab") as printed:
             self.agents[node] = subprocess.Popen(launcher, env=os.environ | environment, stdout=printed, stderr=printed)
+        while node == 0 and self.agents[0].poll() is None:  # the first node is that of --rdzv-endpoint
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self._port), timeout=1):
+                return
+            time.sleep(0.05)
 
     def workers(self, node: int) -> list[int]:
         """Process ids of the workers of a node."""
