@@ -88,7 +88,8 @@ def test_sharded_runs_equal_whole_ones(
     else:
         runs = {"one": 1, "whole": 2, "sharded-two": 2, "sharded": 4}
         more = ["--main", specs[1]["timm: vit"], "--comp", specs[1]["hf: bert"], "--comp-tuning", "prompts", "--layers", "all"]
-        more += ["--head-features", "all", "--film", "--set", "train.accumulate=2", "--set", "train.checkpoint_activations=true"]
+        more += ["--head-features", "all", "--film"]
+        more += ["--set", "train.accumulate=2", "--set", "train.checkpoint_activations=true"]
     for name, processes in runs.items():
         sharded = ["--shard-encoders", "both"] if "sharded" in name else []
         done = ranks(processes, *command(data, tmp_path / name, *more, *sharded), MOPEFUSE_CACHE=str(tmp_path / "cache" / name))
