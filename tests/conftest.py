@@ -208,15 +208,19 @@ def call(*args: object) -> subprocess.CompletedProcess[str]:
 
 
 def ranks(
-    processes: int, *arguments: object, program: Sequence[str] = ("-m", "mopefuse")
+    processes: int, *arguments: object, program: Sequence[str] = ("-m", "mopefuse"), **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Do the same as `torchrun` without its launcher, in processes forked from one that has imported the libraries."""
+    """Do the same as `torchrun` without its launcher, in processes forked from one that has imported the libraries.
+
+    Args:
+        environment: more variables of the processes.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
     shared |= {"LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
-    environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | environment for rank in range(processes)]
     return warm_server().run([*program, *map(str, arguments)], environments)
 
 

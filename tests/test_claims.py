@@ -368,8 +368,21 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_batch_predict::test_a_bundle_predicts_many_tables "
         "test_batch_engines::test_tables_images_and_output_can_be_in_s3",
     },
+    "encoders that are sharded over processes give the same results as whole ones": {
+        "quick": "test_sharding::test_one_process_says_that_it_cannot_shard "
+        "test_sharding::test_what_cannot_be_sharded_is_refused_before_training "
+        "test_sharding::test_a_sharded_encoder_equals_a_whole_one",
+        "full": "test_sharding::test_sharded_runs_equal_whole_ones",
+    },
+    "several machines give the same results as one, and a run survives the death of any process": {
+        "quick": "test_nodes::test_the_same_command_starts_continues_and_repeats_a_run "
+        "test_nodes::test_a_job_takes_over_its_own_lock_from_another_machine",
+        "full": "test_nodes::test_two_nodes_with_caches_of_their_own_equal_one_process "
+        "test_nodes::test_a_run_whose_processes_are_killed_equals_an_undisturbed_one",
+    },
     "the files for containers are valid and agree with the server": {
-        "quick": "test_deploy::test_its_linter_accepts_it test_deploy::test_every_flag_exists test_deploy::test_ports_agree",
+        "quick": "test_deploy::test_its_linter_accepts_it test_deploy::test_every_flag_exists test_deploy::test_ports_agree "
+        "test_deploy::test_the_job_that_trains_has_flags_that_exist",
         "full": "test_deploy::test_the_slim_image_serves_bundles_and_ends_on_sigterm",
     },
     "imports only go down": {

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from conftest import run_cli
 from serving_cases import encoded, png, running
+from torch.distributed.run import get_args_parser
 
 from mopefuse.serving.http.middleware import OPEN_PATHS
 from mopefuse.serving.ray_settings import read_settings
@@ -63,8 +64,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # those o
     [
         ("hadolint", "--failure-threshold", "info", "Dockerfile"),
         ("check-jsonschema", "--builtin-schema", "vendor.compose-spec", "compose.yaml"),
-        ("kubernetes-validate", "--strict", "kubernetes.yaml"),
-        ("yamllint", "--strict", "-d", YAML_STYLE, "compose.yaml", "kubernetes.yaml"),
+        ("kubernetes-validate", "--strict", "kubernetes.yaml", "kubernetes-train.yaml"),
+        ("yamllint", "--strict", "-d", YAML_STYLE, "compose.yaml", "kubernetes.yaml", "kubernetes-train.yaml"),
     ],
     ids=lambda command: str(command[0]),
 )
@@ -77,6 +78,20 @@ def test_its_linter_accepts_it(command: tuple[str, ...]) -> None:
 @pytest.fixture(scope="module")
 def flags() -> set[str]:
     return set(re.findall(r"--[a-z-]+", run_cli("serve", "--help").stdout))
+
+
+def test_the_job_that_trains_has_flags_that_exist() -> None:
+    documents = yaml.safe_load_all((DEPLOY / "kubernetes-train.yaml").read_text(encoding="utf-8"))
+    job = next(one for one in documents if one and one["kind"] == "Job")
+    pod = job["spec"]["template"]["spec"]
+    args = pod["containers"][0]["args"]
+    ours = args.index("mopefuse")
+    known = set(re.findall(r"--[a-z-]+", run_cli("train", "--help").stdout))
+    assert {arg.partition("=")[0] for arg in args[ours + 2 :]} <= known
+    known = {name for action in get_args_parser()._actions for name in action.option_strings}
+    assert {arg.partition("=")[0] for arg in args[: ours - 1]} <= known
+    first = f"{job['metadata']['name']}-0.{pod['subdomain']}:{pod['containers'][0]['ports'][0]['containerPort']}"
+    assert f"--rdzv-endpoint={first}" in args
 
 
 @pytest.mark.parametrize("file", COMMANDS)

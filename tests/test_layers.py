@@ -36,7 +36,7 @@ ORDER = (  # from the bottom up; a module imports only from lines above its own,
 LAYER = {name: level for level, names in enumerate(ORDER) for name in names.split()}
 BETWEEN_NEIGHBOURS = {  # encoders, prompts and data are independent of each other, except for the types that they exchange
     "prompts": {"encoders.attention"},  # the Prompt that a layer of an encoder takes
-    "data": {"encoders.base", "encoders.frozen"},  # an encoder's Preprocess and its features
+    "data": {"encoders.base", "encoders.frozen", "encoders.sharding"},  # an encoder's Preprocess and its features
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -41,6 +41,7 @@ from mopefuse.cli.settings import add_command
 from mopefuse.core.dependencies import convert_error, guard_imports
 from mopefuse.core.error_codes import ResourceCode
 from mopefuse.core.formatting import visible
+from mopefuse.core.launcher import end_with_launcher
 from mopefuse.errors import Interrupted, MopefuseError, Notice, ResourceError
 
 app = typer.Typer(
@@ -90,6 +91,7 @@ def _options(
 
 def main() -> None:
     """Run the command line; the entry point of ``mopefuse``. Exit codes: see docs/errors.md."""
+    end_with_launcher()
     _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):  # characters that a terminal cannot show are escaped instead of being an error
         if hasattr(stream, "reconfigure"):

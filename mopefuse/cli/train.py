@@ -24,7 +24,9 @@ def train(
         str | None, typer.Option(metavar="FILE|NAME", help="YAML file with settings. Flags and --set override it.")
     ] = None,
     set_: Set = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint, or start it if there is none.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print what would be trained, without training.")

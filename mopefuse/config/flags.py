@@ -78,6 +78,7 @@ FLAGS = (
     Flag("--seed", "seed", TRAINING, TRAIN_AND_FIT),
     Flag("--device", "device", TRAINING, TRAIN_AND_FIT, metavar="DEVICE"),
     Flag("--precision", "train.precision", TRAINING, TRAIN_AND_FIT),
+    Flag("--shard-encoders", "train.shard", TRAINING),
     Flag("--experts", "prompts.experts", PROMPTS),
     Flag("--static", "prompts.static", PROMPTS),
     Flag("--dynamic", "prompts.dynamic", PROMPTS),

@@ -17,11 +17,11 @@ from mopefuse.config.data_section import COLUMN_SETTINGS as COLUMN_SETTINGS
 from mopefuse.config.data_section import Data as Data
 from mopefuse.config.messages import field_at, invalid_settings_error, keys_in
 from mopefuse.config.method_defaults import defaults_of, without_idle_side
-from mopefuse.config.section import MANY as _MANY
 from mopefuse.config.section import MAX_TOKENS as _MAX_TOKENS
 from mopefuse.config.section import WIDEST as _WIDEST
 from mopefuse.config.section import Section
 from mopefuse.config.setting_paths import merge
+from mopefuse.config.train_section import Train as Train
 
 Layers = Annotated[str | tuple[int, ...], Field(union_mode="left_to_right")]
 
@@ -116,65 +116,6 @@ class Router(Section):
     importance_weight: float = Field(0.01, ge=0, description="weight of the importance loss")
     importance_threshold: float = Field(
         0.1, ge=0, description="squared coefficient of variation up to which the expert load counts as balanced"
-    )
-
-
-class Train(Section):
-    """The optimizer and its schedule."""
-
-    epochs: int = Field(10, ge=0, le=_MANY, description="passes over the training data")
-    max_steps: int | None = Field(
-        None, ge=1, le=_MANY, description="stop after this many optimizer steps, even if the epochs would allow more"
-    )
-    batch_size: int = Field(32, ge=1, le=_MANY, description="samples per optimizer step, summed over all processes")
-    accumulate: int = Field(
-        1, ge=1, le=65_536, description="split a batch into this many parts and accumulate gradients, to save memory"
-    )
-    lr: float | None = Field(
-        None,
-        gt=0,
-        description="learning rate; mlp, qmf and flamingo: 1e-3; cross-attention: 3e-4; other methods, and conditional with "
-        "compat: 4e-4 if main takes images, else 5e-4",
-    )
-    lr_comp: float | None = Field(
-        None, gt=0, description="learning rate of a trained complementary encoder; default: lr, or lr_tuned if fully tuned"
-    )
-    lr_tuned: float = Field(2e-5, gt=0, description="learning rate of a fully tuned main encoder")
-    lr_head: float | None = Field(
-        None,
-        gt=0,
-        description="learning rate of the head; with other methods, the value of lr; with compat, the value of lr, or lr/50 "
-        "after a warm start",
-    )
-    weight_decay: float = Field(1e-3, ge=0, description="weight decay of AdamW")
-    clip: float = Field(1.0, gt=0, description="maximum norm of the gradient")
-    schedule: Literal["paper", "cosine", "one-cycle", "constant"] = Field(
-        "paper", description="learning-rate schedule; paper: multiplied by 0.4 after 30 % and again after 60 % of training"
-    )
-    warmup: float = Field(0.0, ge=0, lt=1, description="fraction of training used for a linear warm-up")
-    evals_per_epoch: int = Field(1, ge=1, le=1000, description="evaluations on validation per epoch")
-    patience: int | None = Field(
-        None, ge=1, le=_MANY, description="stop after this many evaluations in which neither score nor loss improved"
-    )
-    modality_dropout: float = Field(
-        0.0, ge=0, lt=1, description="fraction of training samples from which each optional modality is removed"
-    )
-    class_weights: Literal["none", "balanced"] = Field(
-        "none", description="weights of classes in the loss; balanced: rare classes count as much as frequent ones"
-    )
-    threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["tuned"] = Field(
-        0.5, description="multi-label data: probability from which a label is predicted; tuned: chosen on validation"
-    )
-    select: Literal["best", "last"] = Field("best", description="checkpoint to test: the best on validation, or the last")
-    select_by: str | None = Field(
-        None, min_length=1, description="metric on validation that selects the best checkpoint; default: that of the task"
-    )
-    checkpoint_every: int | None = Field(500, ge=1, le=_MANY, description="also write a checkpoint every N steps")
-    log_every: int = Field(20, ge=1, le=_MANY, description="write a line to metrics.jsonl every N steps")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="number format; auto: bf16 if the GPU has it")
-    compile: bool = Field(False, description="compile the model with torch.compile")
-    checkpoint_activations: bool = Field(
-        False, description="recompute activations in the backward pass instead of keeping them, to save memory"
     )
 
 
@@ -282,7 +223,7 @@ def build_config(
 WITHOUT_EFFECT = frozenset(
     (
         "data.workers data.cache_images data.cache_features data.cache_remote_limit data.cache_prefix_limit data.strict "
-        "data.allow_odd_labels data.modalities train.log_every train.checkpoint_every train.checkpoint_activations"
+        "data.allow_odd_labels data.modalities train.log_every train.checkpoint_every train.checkpoint_activations train.shard"
     ).split()
 )
 """Settings that do not change the results of a run."""

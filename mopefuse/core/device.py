@@ -78,7 +78,8 @@ def move_to_device(model: nn.Module, device: torch.device) -> None:
     """Move a model to a device; on a GPU, frozen convolutions get the memory format `channels_last`, which is faster."""
     model.to(device)
     for module in model.modules() if device.type == "cuda" else ():
-        if isinstance(module, nn.Conv2d) and not module.weight.requires_grad:
+        whole = isinstance(module, nn.Conv2d) and type(module.weight) is nn.Parameter  # the weight of a sharded encoder is not
+        if whole and not module.weight.requires_grad:
             module.to(memory_format=torch.channels_last)
 
 

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mopefuse.core import fresh_store
+from mopefuse.core.launcher import end_with_launcher
 from mopefuse.core.registry import redirect_stdout_to_stderr
 
 _TIMEOUT = timedelta(minutes=10)  # for work that is divided evenly
@@ -29,13 +31,17 @@ def start() -> tuple[int, int]:
     """Initialise the process group if torchrun started this process, and return (rank, number of processes)."""
     global _patient_group
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    end_with_launcher()
     if world > 1 and not dist.is_initialized():
         # Objects and CPU tensors are sent over gloo even if gradients are sent over NCCL.
         gpus = torch.cuda.is_available() and torch.cuda.device_count() >= local_world()
         if gpus:
             torch.cuda.set_device(local_rank())
         with redirect_stdout_to_stderr():  # where Gloo of older versions of torch prints its connections
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_TIMEOUT)
+            options: dict[str, Any] = {}
+            if fresh_store.is_reused():
+                options = dict(zip(("store", "rank", "world_size"), fresh_store.join(_TIMEOUT), strict=True))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_TIMEOUT, **options)
             everyone = dist.new_group(backend="gloo", timeout=_LONG_TIMEOUT)
         assert isinstance(everyone, dist.ProcessGroup)
         _patient_group = everyone
@@ -128,12 +134,30 @@ def max_over_processes(number: int, device: torch.device) -> int:
     return int(value.item())
 
 
+def is_any(value: bool) -> bool:
+    """Whether the value of any process is true, waiting for all of them however long they take."""
+    if not dist.is_initialized():
+        return value
+    found = torch.tensor([int(value)])
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=_patient_group)
+    return bool(found.item())
+
+
 def gather(value: Any) -> list[Any]:
     """Collect the value of every process, ordered by rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
+    return values
+
+
+def gather_patiently(value: Any) -> list[Any]:
+    """`gather`, waiting however long it takes."""
+    values: list[Any] = [value]
+    if dist.is_initialized():
+        values *= world_size()
+        dist.all_gather_object(values, value, group=_patient_group)
     return values
 
 
@@ -199,6 +223,47 @@ def broadcast_from_main(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, group=_patient_group)
     return values[0]
+
+
+def in_turns(action: Callable[[], Any]) -> Any:
+    """Run `action` in every process, one after another on each machine, and return its result.
+
+    `action` must not exchange anything with other processes.
+    """
+    result = None
+    for turn in range(max(gather(local_world()))):
+        if turn == local_rank():
+            result = action()
+        barrier()
+    return result
+
+
+def run_on_all(action: Callable[[], Any]) -> list[Any]:
+    """Run `action` in every process, however long it takes; returns the results of all, ordered by rank.
+
+    Raises:
+        Exception: what `action` raised in the first process in which it failed, in every process.
+    """
+    outcome: Any = None
+    try:
+        outcome = (True, action())
+    except Exception as error:
+        if world_size() == 1:
+            raise
+        outcome = (False, error)
+    outcomes = gather_patiently(outcome)
+    for done, value in outcomes:
+        if not done:
+            raise value
+    return [value for _, value in outcomes]
+
+
+def run_on_each_node(action: Callable[[], Any]) -> None:
+    """Run `action` in the first process of each machine while its others wait, see `run_on_all`.
+
+    Use this to write files to caches that the processes of a machine read afterwards.
+    """
+    run_on_all(lambda: action() and None if local_rank() == 0 else None)
 
 
 def run_on_main(action: Callable[[], Any]) -> Any:

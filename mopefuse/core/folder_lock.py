@@ -23,7 +23,11 @@ except ImportError:  # Windows
 
 
 class FolderLock:
-    """A lock that records process id, host and start time of its owner. Creating the object does not take the lock."""
+    """A lock that records process id, host and start time of its owner. Creating the object does not take the lock.
+
+    It also records the job of torchrun, which ends all processes of a job before it starts them again, possibly on another
+    host: the lock of the same job on another host is that of a process that has ended.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / ".lock"
@@ -36,7 +40,8 @@ class FolderLock:
             ConfigError: another process holds the lock.
         """
         notice = ""
-        mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "born": start_time(os.getpid())})
+        who = {"pid": os.getpid(), "host": socket.gethostname(), "born": start_time(os.getpid()), "job": _job()}
+        mine = json.dumps(who)
         with _exclusive(self.folder):  # only one process may take over a stale lock
             while True:
                 try:
@@ -81,7 +86,7 @@ class FolderLock:
             if not _is_other_process(owner):
                 return owner
             if owner and owner["host"] != socket.gethostname():
-                break
+                break  # there is no way to see whether it still runs
             time.sleep(0.1)
         raise self._locked_error(owner)
 
@@ -91,7 +96,8 @@ class FolderLock:
             try:
                 owner = json.loads(read_regular(self.file).decode("utf-8"))
                 if type(owner["pid"]) is int and isinstance(owner["host"], str):
-                    return {"pid": owner["pid"], "host": owner["host"], "born": str(owner.get("born", ""))}
+                    others = {key: str(owner.get(key, "")) for key in ("born", "job")}
+                    return {"pid": owner["pid"], "host": owner["host"], **others}
             except (OSError, ValueError, TypeError, KeyError):
                 continue
         return None
@@ -106,12 +112,18 @@ class FolderLock:
         )
 
 
+def _job() -> str:
+    """The id of this process's job of torchrun (``--rdzv-id``), which several nodes share; empty without one."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if job == "none" else job
+
+
 def _is_other_process(owner: dict[str, Any] | None) -> bool:
     """Whether the owner is another running process; compares start times, since process ids are reused."""
     if owner is None or (owner["host"] == socket.gethostname() and owner["pid"] == os.getpid()):
         return False
     if owner["host"] != socket.gethostname():
-        return True
+        return not _job() or owner["job"] != _job()
     return is_alive(owner["pid"]) and owner["born"] in ("", start_time(owner["pid"]))
 
 

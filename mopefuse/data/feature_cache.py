@@ -29,6 +29,7 @@ from mopefuse.data.collate import Key, Samples
 from mopefuse.data.feature_shards import FeatureStore, Lookup, Mapped, Values
 from mopefuse.encoders.base import Encoder, Inputs
 from mopefuse.encoders.frozen import encode_pooled
+from mopefuse.encoders.sharding import uneven_calls
 from mopefuse.modalities.base import get_modality
 
 VERSION = 2
@@ -109,8 +110,7 @@ def split_features(
     if found_S is not None:
         tables = [shard.values for shard in store.shards]
         return Features(tables, found_S, different=different, origin=describe_origin(known_U))
-    own_U = share_U | known_U if distributed.is_main() else share_U
-    table_UC = computation.collect_in_memory(own_U, not_stored)
+    table_UC = computation.collect_in_memory(share_U | computation.first_to_know(), not_stored)
     found_S = Lookup(np.zeros(len(computation.number_S), np.int32), computation.number_S)
     return Features([table_UC], found_S, different=different, origin="kept in memory")
 
@@ -139,6 +139,7 @@ class Computation:
     Attributes:
         values_U: digests of the values. first_U: number of the first sample that has each value.
         number_S: number of the value of each sample. facts: what a shard says about its origin.
+        ranks: the processes that share the computation. known_by: which values (U,) each process had stored before.
     """
 
     def __init__(
@@ -157,17 +158,20 @@ class Computation:
         self.samples = Samples(data, split, {"only": (encoder.modality, encoder.preprocess)}, config.data)
         self.encoder, self.config, self.device, self.store, self.advance = encoder, config, device, store, advance
         self.facts = {"encoder": str(encoder.spec), "root": str(data.root)}
+        self.ranks = tuple(range(distributed.world_size()))
+        self.known_by: list[Mask] = []
 
     @abstractmethod
     def encode(self, inputs: Inputs) -> tuple[Values, Numbers | None]:
         """Encode some values; returns what to store, and the number of rows of each value if that is not one."""
 
     def divide(self) -> tuple[Mask, Mask]:
-        """Which values (U,) are stored already, and which this process has to compute."""
+        """Which values (U,) any process of `ranks` has stored already, and which this process has to compute."""
         self.store.refresh()
-        known_U: Mask = distributed.broadcast_from_main(self.store.find(self.values_U).known_U)
+        self.known_by = distributed.gather_patiently(self.store.find(self.values_U).known_U)
+        known_U: Mask = np.logical_or.reduce([self.known_by[rank] for rank in self.ranks])
         share_U = np.zeros_like(known_U)
-        share_U[np.flatnonzero(~known_U)[distributed.rank() :: distributed.world_size()]] = True
+        share_U[np.flatnonzero(~known_U)[self.ranks.index(distributed.rank()) :: len(self.ranks)]] = True
         return known_U, share_U
 
     def compute_and_store(self, share_U: Mask, *, keep: bool = True) -> list[ComputedRows]:
@@ -189,14 +193,15 @@ class Computation:
                 not_stored.append(joined)
             waiting.clear()
 
-        for piece in self.compute(np.flatnonzero(share_U)):
-            waiting.append(piece)
-            size = sum(piece.rows_RC.nbytes for piece in waiting)
-            if size >= _SHARD_BYTES or time.monotonic() - began >= _SHARD_SECONDS:
-                publish()
-                began = time.monotonic()
-            if not_stored and not keep:
-                return not_stored
+        with uneven_calls(self.encoder):
+            for piece in self.compute(np.flatnonzero(share_U)):
+                waiting.append(piece)
+                size = sum(piece.rows_RC.nbytes for piece in waiting)
+                if size >= _SHARD_BYTES or time.monotonic() - began >= _SHARD_SECONDS:
+                    publish()
+                    began = time.monotonic()
+                if not_stored and not keep:
+                    return not_stored
         if waiting:
             publish()
         return not_stored
@@ -223,22 +228,23 @@ class Computation:
             self.advance(done, len(numbers_M))
 
     def find_stored(self, *, complete: bool) -> Lookup | None:
-        """Find the value of each sample in the store; None unless all processes find them in the same shards.
+        """Find the value of each sample in the store; None unless all processes of `ranks` find them in the same shards.
 
         Args:
             complete: whether this process stored all that it computed.
         """
-        store = self.store
+        store, first = self.store, self.ranks[0]
         distributed.barrier()  # until all processes have stored their shards, however long one takes
         if not all(distributed.gather(complete)):
             return None
-        if distributed.is_main():
+        if distributed.rank() == first:
             store.refresh()
-        names = distributed.broadcast_from_main([shard.name for shard in store.shards])
-        store.refresh(names)
+        names = distributed.gather([shard.name for shard in store.shards])
+        store.refresh(names[first])
         found = store.find(self.values_U)
-        views = distributed.gather((bool(found.known_U.all()), [(shard.name, shard.sha256) for shard in store.shards]))
-        if not (views[0][0] and all(view == views[0] for view in views)):
+        shards = [(shard.name, shard.sha256) for shard in store.shards]
+        views = distributed.gather((first, bool(found.known_U.all()), shards))
+        if not all(known and shards == views[leader][2] for leader, known, shards in views):
             return None
         return Lookup(found.shard_U[self.number_S], found.row_U[self.number_S])
 
@@ -249,6 +255,12 @@ class FeatureComputation(Computation):
     def encode(self, inputs: Inputs) -> tuple[Values, None]:
         """See `Computation.encode`."""
         return encode_pooled(self.encoder, inputs).float().cpu().numpy(), None
+
+    def first_to_know(self) -> Mask:
+        """Which values (U,) this process had stored before, and no process of a lower rank."""
+        rank = distributed.rank()
+        known_U: Mask = self.known_by[rank] & ~np.logical_or.reduce([*self.known_by[:rank], np.zeros_like(self.known_by[rank])])
+        return known_U
 
     def collect_in_memory(self, own_U: Mask, not_stored: list[ComputedRows]) -> Values:
         """Collect a table (U, C) that is the same in all processes.
@@ -268,7 +280,8 @@ class FeatureComputation(Computation):
             here = np.flatnonzero(lacking_U & (found.shard_U == number))
             table_UC[here] = torch.from_numpy(shard.values[found.row_U[here]])
             lacking_U[here] = False
-        for piece in self.compute(np.flatnonzero(lacking_U)):  # features of shards that were removed since
-            table_UC[piece.numbers_M] = torch.from_numpy(piece.rows_RC)
+        with uneven_calls(self.encoder):
+            for piece in self.compute(np.flatnonzero(lacking_U)):  # features of shards that were removed since
+                table_UC[piece.numbers_M] = torch.from_numpy(piece.rows_RC)
         table: Values = distributed.sum_over_processes(table_UC).numpy()
         return table

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from mopefuse.config.schema import RunConfig
-from mopefuse.core import distributed
 from mopefuse.core.error_codes import NumericCode, ResourceCode
 from mopefuse.data.base import DataSet
 from mopefuse.data.feature_cache import Advance, Computation, ComputedRows, Numbers, encoder_key, feature_store
@@ -136,7 +135,7 @@ def split_prefixes(
             ResourceCode.PREFIX_CACHE_NOT_WRITABLE,
             f"outputs of early layers of {encoder.spec} cannot be kept in the cache",
             where="--cache-prefix",
-            fix="set MOPEFUSE_CACHE to a folder with more space that all processes share, or use --cache-prefix off",
+            fix="set MOPEFUSE_CACHE to a folder with more space, shared on each machine, or use --cache-prefix off",
         )
     return found
 
@@ -146,8 +145,7 @@ def _token_store_with_space(
 ) -> FeatureStore | None:
     """The store of an encoder's output tokens; None if those of a split would not fit."""
     store = token_store(encoder, config, device)
-    lacks_space = distributed.run_on_main(lambda: bool(lack_of_space(store, encoder, data, split, config, device)))
-    return None if lacks_space else store
+    return None if lack_of_space(store, encoder, data, split, config, device) else store
 
 
 def _store(encoder: Encoder, layer: int, config: RunConfig, device: torch.device) -> FeatureStore:

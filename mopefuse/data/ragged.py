@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mopefuse.config.schema import RunConfig
 from mopefuse.core import distributed
+from mopefuse.core.cache_sharing import ranks_that_share
 from mopefuse.data.base import DataSet
 from mopefuse.data.collate import Samples
 from mopefuse.data.feature_cache import Computation, Numbers, describe_origin
@@ -59,11 +60,13 @@ def pad(rows: Sequence[Values]) -> Tensor:
 def collect(computation: Computation, kind: type[Table]) -> Table | None:
     """Read the stored tokens of a split, and compute and store the others; None if the cache cannot keep them.
 
-    Several processes share the computation, and all use the same values.
+    Processes that share a cache folder share the computation, and use the same values; every process needs all of them at hand,
+    so other machines with caches of their own compute them too.
 
     Raises:
         NumericError: the computation raised it, in this process or another.
     """
+    computation.ranks = ranks_that_share()
     known_U, share_U = computation.divide()
     error: NumericError | None = None
     stored = False

@@ -25,6 +25,7 @@ from mopefuse.data.feature_shards import FeatureStore, Values
 from mopefuse.data.ragged import RaggedTable, collect, estimate, pad
 from mopefuse.encoders.base import Encoder, Inputs
 from mopefuse.encoders.frozen import encode_tokens
+from mopefuse.encoders.sharding import uneven_calls
 
 KIND = "tokens"
 
@@ -75,11 +76,11 @@ def split_tokens(
         The tokens, or the reason why they are not cached and how to change it.
     """
     store = token_store(encoder, config, device)
-    if reason := distributed.run_on_main(lambda: lack_of_space(store, encoder, data, split, config, device)):
-        return str(reason)
+    if reason := lack_of_space(store, encoder, data, split, config, device):
+        return reason
     computation = TokenComputation(encoder, data, split, config, device, store=store, advance=advance)
     found = collect(computation, TokenTable)
-    return found or "the cache cannot keep them; set MOPEFUSE_CACHE to a folder with more space that all processes share"
+    return found or "the cache cannot keep them; set MOPEFUSE_CACHE to a folder with more space, shared on each machine"
 
 
 def token_store(encoder: Encoder, config: RunConfig, device: torch.device) -> FeatureStore:
@@ -93,7 +94,21 @@ def token_store(encoder: Encoder, config: RunConfig, device: torch.device) -> Fe
 def lack_of_space(
     store: FeatureStore, encoder: Encoder, data: DataSet, split: str, config: RunConfig, device: torch.device
 ) -> str:
-    """Why the tokens of a split do not fit into the limit or the free space; empty if they do, or are all stored already."""
+    """Why the tokens of a split do not fit into the limit or the free space of any process; empty if they do, or are stored.
+
+    All processes have the same answer.
+    """
+
+    def find_reason() -> str:
+        with uneven_calls(encoder):  # the stores of different machines may differ
+            return _lack_of_space(store, encoder, data, split, config, device)
+
+    return next(filter(None, distributed.run_on_all(find_reason)), "")
+
+
+def _lack_of_space(
+    store: FeatureStore, encoder: Encoder, data: DataSet, split: str, config: RunConfig, device: torch.device
+) -> str:
     store.refresh()
     if store.find(np.unique(data.splits[split].keys[encoder.modality])).known_U.all():
         return ""

@@ -54,12 +54,12 @@ def encode_prefixes(
     for index_b, part in _chunks(encoder, inputs):
         numbers = index_b.tolist()
         if outputs:
-            tokens_bLD, encoded = _prefix_and_output(encoder, part, layer)
+            prefix, encoded = run_and_record(encoder, part, layer)
             pooled_C.update(zip(numbers, encoded.pooled_BC, strict=True))
             tokens.update(zip(numbers, _unpadded(encoded), strict=True))
         else:
-            tokens_bLD = encoder.compute_prefix(part, layer).tokens_BLD
-        for number, tokens_LD in zip(numbers, tokens_bLD, strict=True):
+            prefix = encoder.compute_prefix(part, layer)
+        for number, tokens_LD in zip(numbers, prefix.tokens_BLD, strict=True):
             found[number] = tokens_LD if counts_B is None else tokens_LD[: int(counts_B[number])]
     order = range(len(found))
     others = Outputs(torch.stack([pooled_C[at] for at in order]), [tokens[at] for at in order]) if outputs else None
@@ -67,8 +67,8 @@ def encode_prefixes(
 
 
 @torch.no_grad()
-def _prefix_and_output(encoder: Encoder, inputs: Inputs, layer: int) -> tuple[Tensor, EncoderOutput]:
-    """The tokens (B, L, D) that enter a layer, and the output of the encoder."""
+def run_and_record(encoder: Encoder, inputs: Inputs, layer: int) -> tuple[Prefix, EncoderOutput]:
+    """Run all layers; returns the tokens that enter one of them (see `Encoder.compute_prefix`), and the output."""
     seen: dict[int, Tensor] = {}
 
     def record(at: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> None:
@@ -76,7 +76,7 @@ def _prefix_and_output(encoder: Encoder, inputs: Inputs, layer: int) -> tuple[Te
             seen[at] = tokens_BLD
 
     encoded = encoder.encode(inputs, record)
-    return seen[layer], encoded
+    return Prefix(layer, seen[layer]), encoded
 
 
 def encode_tokens(encoder: Encoder, inputs: Inputs) -> list[Tensor]:

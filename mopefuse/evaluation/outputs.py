@@ -21,8 +21,9 @@ from mopefuse.core import distributed
 from mopefuse.core.error_codes import NumericCode
 from mopefuse.data.base import Batch, DataSet
 from mopefuse.data.collate import Samples, plain_batches
+from mopefuse.encoders.sharding import is_sharded
 from mopefuse.errors import NumericError
-from mopefuse.fusion.base import Fusion
+from mopefuse.fusion.base import Fusion, Output
 
 Advance = Callable[[int, int], None]  # (samples done, samples in all)
 
@@ -67,12 +68,15 @@ class ModelOutputs:
         size = self._config.train.batch_size
         was_training = self._model.training
         self._model.eval()
-        done = 0
+        rounds, own = -(-count // (size * world)), -(-len(range(rank, count, world)) // size)
+        done, blank = 0, self._blank_batch() if own < rounds else None
         batches = self._samples.batches(plain_batches(count, size, rank, world), pin=self._device.type == "cuda")
         try:
-            for _ in range(-(-count // (size * world))):
+            for _ in range(rounds):
                 batch = next(batches, None)
                 if batch is None:
+                    if blank is not None:
+                        self._run(blank)
                     yield BatchOutput(torch.zeros(0, dtype=torch.long), torch.zeros(0, self._labels))
                     continue
                 yield self._output(batch)
@@ -82,9 +86,22 @@ class ModelOutputs:
             self._model.train(was_training)
         distributed.barrier()
 
-    def _output(self, batch: Batch) -> BatchOutput:
+    def _blank_batch(self) -> Batch | None:
+        """What this process runs while only others have samples left; None if it need not run anything.
+
+        All processes have to run sharded encoders equally often.
+        """
+        if not any(is_sharded(encoder) for encoder in self._model.encoders.values()):
+            return None
+        return next(self._samples.batches([[(0, 0)]]))
+
+    def _run(self, batch: Batch) -> Output:
         with torch.no_grad(), devices.autocast(self._config.train.precision, self._device):
-            output = self._model(batch.to(self._device))
+            output: Output = self._model(batch.to(self._device))
+        return output
+
+    def _output(self, batch: Batch) -> BatchOutput:
+        output = self._run(batch)
         if output.load_LK is not None:
             self._load_LK = output.load_LK.float().cpu() + (0 if self._load_LK is None else self._load_LK)
         routing_BLK = None if output.routing_BLK is None else output.routing_BLK.float().cpu()

@@ -98,7 +98,7 @@ def prepare_samples(
     if config.data.cache_images:
         advance = partial(reading, f"decoding {split}")
         if distributed.world_size() > 1:
-            distributed.run_on_main(lambda: samples.cache_images(advance))
+            distributed.run_on_each_node(lambda: samples.cache_images(advance))
         samples.cache_images(advance)
     if not (training and config.train.modality_dropout):
         return samples

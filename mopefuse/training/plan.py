@@ -28,6 +28,7 @@ from mopefuse.training.losses import task_loss
 from mopefuse.training.notices import likely_mistakes
 from mopefuse.training.optimizer import with_learning_rates
 from mopefuse.training.run_facts import run_facts
+from mopefuse.training.sharding import build_sharded
 from mopefuse.training.start_layer import require_prefixes
 
 
@@ -116,7 +117,7 @@ def prepare(config: RunConfig, listener: Listener, device: torch.device | None =
     data = replace(data, task=data.task.fitted(data.sparse_targets("train"), config))
     data.task.selecting_metric(config.train.select_by)  # raises if there is no such metric
     config = _with_facts(config, data)
-    model = build_model(config, data.outputs, data.task)
+    model = build_sharded(lambda: build_model(config, data.outputs, data.task), config, device, listener)
     _require_rows(model, data)
     if device is not None:
         devices.move_to_device(model, device)
@@ -134,8 +135,8 @@ def resolve_defaults(config: RunConfig, model: Fusion) -> RunConfig:
 
 def _load(config: RunConfig, listener: Listener) -> DataSet:
     advance = partial(listener.on_data_progress, "checking files")
-    if distributed.world_size() > 1:  # one process checks the files; the others then use its index
-        distributed.run_on_main(lambda: load_data(config.data, advance=advance) and None)
+    if distributed.world_size() > 1:  # one process of each machine checks the files; the others then use its index
+        distributed.run_on_each_node(lambda: load_data(config.data, advance=advance))
     data = load_data(config.data, advance=advance)
     listener.on_task(describe_task(data.task, data.labels, config.data))
     for text in data.notices:

@@ -15,7 +15,7 @@ MAY_CHANGE = frozenset(
         "device data.path data.image_roots data.workers data.cache_images data.cache_features "
         "data.cache_remote_limit data.cache_prefix_limit data.strict data.allow_odd_labels train.epochs "
         "train.max_steps train.patience train.log_every train.checkpoint_every train.evals_per_epoch train.select "
-        "train.compile train.checkpoint_activations"
+        "train.compile train.checkpoint_activations train.shard"
     ).split()
 )
 """Settings that a resumed run may change; all others define the run."""

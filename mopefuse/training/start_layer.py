@@ -13,6 +13,7 @@ from mopefuse.core.error_codes import ConfigCode, NumericCode, ResourceCode
 from mopefuse.core.formatting import several, size
 from mopefuse.data.base import DataSet
 from mopefuse.data.prefix_cache import Prefixes, estimate_prefixes, split_prefixes
+from mopefuse.encoders.sharding import uneven_calls
 from mopefuse.errors import ConfigError, MopefuseError, ResourceError
 from mopefuse.fusion.base import Fusion
 from mopefuse.modalities.base import get_modality
@@ -72,7 +73,7 @@ def require_prefixes(model: Fusion, data: DataSet, config: RunConfig, device: to
             raise _nothing_to_cache(f"data.augment={config.data.augment} changes the images", "add --set data.augment=none")
         if config.train.modality_dropout and side in model.droppable_sides:
             raise _nothing_to_cache(f"--modality-dropout removes inputs of {side}", "remove --modality-dropout")
-    distributed.run_on_main(lambda: _require_space(model, data, config, device))
+    distributed.run_on_all(lambda: _require_space(model, data, config, device))
 
 
 def _nothing_to_cache(reason: str, fix: str) -> ConfigError:
@@ -85,7 +86,8 @@ def _require_space(model: Fusion, data: DataSet, config: RunConfig, device: torc
     total = missing = 0
     for side, layer in model.prefix_layers.items():
         encoder = model.encoder(side)
-        found = estimate_prefixes(encoder, layer, data, SPLITS, config, device)
+        with uneven_calls(encoder):
+            found = estimate_prefixes(encoder, layer, data, SPLITS, config, device)
         if found is None:
             raise _nothing_to_cache(f"{encoder.spec} cannot continue from layer {layer}", "use --cache-prefix off")
         total, missing = total + found.size, missing + found.missing

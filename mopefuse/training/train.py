@@ -60,7 +60,9 @@ def train(
     """
     listener = listener or Listener()
     with distributed.process_group():
-        folder = RunFolder(distributed.broadcast_from_main(out))
+        # the main process has seen the folder, which other machines may see late or not at all
+        config, out = distributed.broadcast_from_main((config, out))
+        folder = RunFolder(out)
         with _claimed(folder, listener, resume=resume, overwrite=overwrite):
             return _train(config, folder, listener, resume=resume, start=start, test=test)
 

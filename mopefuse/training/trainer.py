@@ -48,6 +48,7 @@ from mopefuse.training.optimizer import (
 from mopefuse.training.start_layer import SPLITS, PrefixTables
 from mopefuse.training.step import Backward
 
+_WEIGHTS, _OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 _START_SCORES, _TRAIN_FROM = "start-scores.safetensors", "train-from.safetensors"
 _LESS = 0.999  # factor by which a loss must fall to count as an improvement
 _COLLAPSED = 0.75  # share of unused experts above which to warn of a router collapse
@@ -153,18 +154,18 @@ class Trainer:
 
     def restore(self) -> bool:
         """Continue from the newest undamaged checkpoint; False if there are no checkpoints."""
-        found = distributed.run_on_main(self.run.latest)
+        found = distributed.run_on_main(self._read_latest)
         if found is None:
             return False
-        path, manifest = found
-        if manifest["step"] < self.run.steps()[-1]:
-            self.listener.on_notice(f"the checkpoint step-{self.run.steps()[-1]} is damaged; step-{manifest['step']} is used")
-        self.model.load_trainable_state_dict(read_tensors(path / "weights.safetensors"), where=str(path))
-        load_optimizer_state(self.optimizer, self.names, read_tensors(path / "optimizer.safetensors"), where=str(path))
-        if (path / _START_SCORES).exists():
-            self._start_S = read_tensors(path / _START_SCORES)["score_S"]
-        if (path / _TRAIN_FROM).exists():
-            self._train_from = read_tensors(path / _TRAIN_FROM)
+        path, manifest, newest, tensors = found
+        if manifest["step"] < newest:
+            self.listener.on_notice(f"the checkpoint step-{newest} is damaged; step-{manifest['step']} is used")
+        self.model.load_trainable_state_dict(tensors[_WEIGHTS], where=str(path))
+        load_optimizer_state(self.optimizer, self.names, tensors[_OPTIMIZER], where=str(path))
+        if _START_SCORES in tensors:
+            self._start_S = tensors[_START_SCORES]["score_S"]
+        if _TRAIN_FROM in tensors:
+            self._train_from = tensors[_TRAIN_FROM]
             self._leave_step_0()
         self.progress = Progress(**manifest["progress"])
         step = self.progress.step
@@ -178,12 +179,20 @@ class Trainer:
         distributed.run_on_main(rewind)
         return True
 
+    def _read_latest(self) -> tuple[Path, dict[str, Any], int, dict[str, dict[str, Tensor]]] | None:
+        """The newest undamaged checkpoint: folder, manifest, step of the newest of all, and tensors by file."""
+        found = self.run.latest()
+        if found is None:
+            return None
+        files = [found[0] / name for name in (_WEIGHTS, _OPTIMIZER, _START_SCORES, _TRAIN_FROM)]
+        return *found, self.run.steps()[-1], {file.name: read_tensors(file) for file in files if file.exists()}
+
     def save(self, *, best: bool = False) -> None:
         """Publish a checkpoint of this step, and record whether it is the best."""
 
         def write(folder: Path) -> None:
-            write_tensors(folder / "weights.safetensors", self.model.trainable_state_dict())
-            write_tensors(folder / "optimizer.safetensors", optimizer_state(self.optimizer, self.names))
+            write_tensors(folder / _WEIGHTS, self.model.trainable_state_dict())
+            write_tensors(folder / _OPTIMIZER, optimizer_state(self.optimizer, self.names))
             if self._start_S is not None:
                 write_tensors(folder / _START_SCORES, {"score_S": self._start_S})
             if self._train_from:
@@ -356,7 +365,8 @@ class Trainer:
     def test(self) -> Evaluation | None:
         """Load the selected checkpoint, evaluate it on the test split if there is one, and write its predictions."""
         path, _ = self._selected()
-        self.model.load_trainable_state_dict(read_tensors(path / "weights.safetensors"), where=str(path))
+        tensors = distributed.run_on_main(lambda: read_tensors(path / _WEIGHTS))
+        self.model.load_trainable_state_dict(tensors, where=str(path))
         if "test" not in self.data.splits:
             return None
         progress = self.listener.on_data_progress

@@ -1,0 +1,60 @@
+"""The store through which the processes of torchrun find each other, without what earlier attempts left in it.
+
+torchrun keeps one store for all restarts. A process would find the addresses there that the processes before it had, try to
+connect to them, and fail, which causes the next restart. Each attempt therefore gets a part of the store with a new name, which
+the main process hands out: in reply to a word that the asking process has just made up, so that no reply is mistaken for
+that of an earlier attempt.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from uuid import uuid4
+
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+
+_PAUSE = 0.02  # seconds between two looks for questions
+
+
+def is_reused() -> bool:
+    """Whether the store of this process outlives it, as torchrun's does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def join(timeout: timedelta) -> tuple[Store, int, int]:
+    """A part of torchrun's store that only the processes of this attempt use; with rank and number of processes.
+
+    Raises:
+        RuntimeError: not all processes have asked, or the main process has not replied, before the timeout.
+    """
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    word = uuid4().hex
+    if rank == 0:
+        _reply(store, word, world, timeout)
+        return PrefixStore(word, store), rank, world
+    store.set(_question(rank), word)
+    name = store.get(f"mopefuse/reply/{word}").decode()
+    store.add(_heard(name), 1)
+    return PrefixStore(name, store), rank, world
+
+
+def _reply(store: Store, name: str, world: int, timeout: timedelta) -> None:
+    """Reply `name` to all questions, also those of earlier attempts, until all other processes have heard it."""
+    ends = time.monotonic() + timeout.total_seconds()
+    while store.add(_heard(name), 0) < world - 1:
+        if time.monotonic() > ends:
+            raise RuntimeError(f"some of {world} processes did not join within {timeout}")
+        for rank in range(1, world):
+            if store.check([_question(rank)]):
+                store.set(f"mopefuse/reply/{store.get(_question(rank)).decode()}", name)
+        time.sleep(_PAUSE)
+
+
+def _question(rank: int) -> str:
+    return f"mopefuse/question/{rank}"
+
+
+def _heard(name: str) -> str:
+    return f"mopefuse/heard/{name}"
