@@ -244,14 +244,7 @@ def run_on_all(action: Callable[[], Any]) -> list[Any]:
     Raises:
         Exception: what `action` raised in the first process in which it failed, in every process.
     """
-    outcome: Any = None
-    try:
-        outcome = (True, action())
-    except Exception as error:
-        if world_size() == 1:
-            raise
-        outcome = (False, error)
-    outcomes = gather_patiently(outcome)
+    outcomes = gather_patiently(_attempt(action))
     for done, value in outcomes:
         if not done:
             raise value
@@ -271,15 +264,17 @@ def run_on_main(action: Callable[[], Any]) -> Any:
 
     Use this to write files that other processes read afterwards.
     """
-    outcome: Any = None
-    if is_main():
-        try:
-            outcome = (True, action())
-        except Exception as error:
-            if world_size() == 1:
-                raise
-            outcome = (False, error)
-    done, value = broadcast_from_main(outcome)
+    done, value = broadcast_from_main(_attempt(action) if is_main() else None)
     if not done:
         raise value
     return value
+
+
+def _attempt(action: Callable[[], Any]) -> tuple[bool, Any]:
+    """Run `action`; returns whether it succeeded, and its result or its error, which a single process raises at once."""
+    try:
+        return True, action()
+    except Exception as error:
+        if world_size() == 1:
+            raise
+        return False, error

@@ -8,17 +8,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mopefuse.core import cache
 from mopefuse.core.atomic_files import TEMPORARY, lasting_temporary
+from mopefuse.core.lazy_sequence import LazySequence
 
 Numbers = NDArray[np.int64]
 
@@ -109,7 +110,7 @@ class ArrowRows:
 
 
 @dataclass(frozen=True, eq=False)
-class StoredStrings(Sequence[str]):
+class StoredStrings(LazySequence[str]):
     """Texts in a column of an Arrow file.
 
     Args:
@@ -123,16 +124,8 @@ class StoredStrings(Sequence[str]):
     def __len__(self) -> int:
         return len(self.store) if self.rows_N is None else len(self.rows_N)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
+    def at(self, number: int) -> str:
+        """See `LazySequence.at`."""
         return str(self.store.row(number if self.rows_N is None else int(self.rows_N[number]))[self.column])
 
     def __iter__(self) -> Iterator[str]:
@@ -147,13 +140,6 @@ class StoredStrings(Sequence[str]):
         chosen = np.zeros(len(self.store), dtype=bool)
         chosen[self.rows_N] = True
         return iter(chosen)
-
-    def __eq__(self, other: Any) -> bool:
-        if not isinstance(other, Sequence):
-            return NotImplemented
-        return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def temporary_file() -> Path | None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mopefuse.core.lazy_sequence import LazySequence
 from mopefuse.data.base import Problem, Row
 from mopefuse.data.columns import EXPECTED, Layout
 from mopefuse.data.label_cells import is_blank, normalise, split_cell
@@ -187,7 +188,7 @@ def _kind(value: Any) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows(Sequence[Row]):
+class Rows(LazySequence[Row]):
     """Rows that are parsed when they are accessed.
 
     Args:
@@ -204,19 +205,9 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.store)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        row, line = self.store.row(index), int(self.lines_S[index])
+    def at(self, number: int) -> Row:
+        """See `LazySequence.at`."""
+        row, line = self.store.row(number), int(self.lines_S[number])
         identity = str(row.get(self.layout.identity, f"{self.split}-{line}"))
         values = {name: self.layout.value_of(name, row) for name in self.layout.columns}
-        return Row(id=identity, values=values, labels=self.labels[index], line=line)
-
-    def __iter__(self) -> Iterator[Row]:
-        return (self[index] for index in range(len(self)))
+        return Row(id=identity, values=values, labels=self.labels[number], line=line)

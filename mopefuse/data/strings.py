@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mopefuse.core.lazy_sequence import LazySequence
+
 _AT_ONCE = 65_536
 
 
-class Strings(Sequence[str]):
+class Strings(LazySequence[str]):
     """A sequence of strings.
 
     Args:
@@ -44,18 +45,9 @@ class Strings(Sequence[str]):
     def __len__(self) -> int:
         return len(self.start_N1) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        start, stop = self.start_N1[index % len(self)], self.start_N1[index % len(self) + 1]
+    def at(self, number: int) -> str:
+        """See `LazySequence.at`."""
+        start, stop = self.start_N1[number], self.start_N1[number + 1]
         return self.content_Z[start:stop].tobytes().decode("utf-8", "surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
@@ -64,10 +56,3 @@ class Strings(Sequence[str]):
             content = self.content_Z[starts[0] : starts[-1]].tobytes()
             for start, stop in pairwise(starts):
                 yield content[start - starts[0] : stop - starts[0]].decode("utf-8", "surrogatepass")
-
-    def __eq__(self, other: Any) -> bool:
-        if not isinstance(other, Sequence) or len(self) != len(other):
-            return NotImplemented if not isinstance(other, Sequence) else False
-        return all(mine == theirs for mine, theirs in zip(self, other, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]

@@ -6,11 +6,12 @@ Shapes: I files.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mopefuse.core.lazy_sequence import LazySequence
 from mopefuse.modalities.file_source import Stamp
 from mopefuse.modalities.files import FileInfo
 
@@ -23,7 +24,7 @@ COLUMNS: dict[str, Any] = {
 }  # fmt: skip
 
 
-class FileInfos(Sequence[FileInfo]):
+class FileInfos(LazySequence[FileInfo]):
     """A sequence of `FileInfo`.
 
     Args:
@@ -94,18 +95,9 @@ class FileInfos(Sequence[FileInfo]):
     def __len__(self) -> int:
         return len(self.columns["size"])
 
-    @overload
-    def __getitem__(self, index: int) -> FileInfo: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[FileInfo]: ...
-
-    def __getitem__(self, index: int | slice) -> FileInfo | list[FileInfo]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
-        values = {name: column[number].item() for name, column in self.columns.items()}
-        return self._info(number, values)
+    def at(self, number: int) -> FileInfo:
+        """See `LazySequence.at`."""
+        return self._info(number, {name: column[number].item() for name, column in self.columns.items()})
 
     def __iter__(self) -> Iterator[FileInfo]:
         rows = zip(*(column.tolist() for column in self.columns.values()), strict=True)
@@ -118,11 +110,9 @@ class FileInfos(Sequence[FileInfo]):
         return FileInfo(**values, code=code, what=what, fix=fix)
 
     def __eq__(self, other: Any) -> bool:
-        if not isinstance(other, FileInfos):
-            return NotImplemented
-        if other is self:
-            return True
+        if not isinstance(other, FileInfos) or other is self:
+            return super().__eq__(other)
         same = all(np.array_equal(column, other.columns[name]) for name, column in self.columns.items())
         return same and self.problems == other.problems
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
