@@ -70,6 +70,7 @@ def inspect(
       mopefuse encoders inspect "timm:vit_base?pretrained=false"
     """
     from mopefuse.cli._render import out, print_json
+    from mopefuse.core.parameters import count_parameters
     from mopefuse.encoders.base import create_encoder
     from mopefuse.modalities.base import get_modality
 
@@ -82,7 +83,7 @@ def inspect(
         "widths": list(encoder.widths),
         "heads": list(encoder.heads),
         "feature_width": encoder.feature_width,
-        "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
+        "parameters": count_parameters(encoder),
         "fingerprint": encoder.fingerprint(),
         "preprocess": encoder.preprocess.describe(),
     }
