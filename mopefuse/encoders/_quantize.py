@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from mopefuse.core import registry
 from mopefuse.core.dependencies import require
 from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.registry import Spec
@@ -22,7 +23,13 @@ from mopefuse.errors import EncoderError
 if TYPE_CHECKING:
     from mopefuse.encoders.base import Encoder
 
-OPTION = "quantize"
+OPTION = _options.QUANTIZE
+
+
+def with_quantize(text: str, kind: str) -> str:
+    """A spec with the option set."""
+    spec = registry.parse_spec(text)
+    return str(replace(spec, options={**spec.options, OPTION: kind}))
 
 
 def split_option(spec: Spec) -> tuple[Spec, str]:
