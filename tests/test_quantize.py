@@ -263,6 +263,14 @@ def broken(layer: nn.Linear) -> dict[str, Tensor]:
     return {"codes": layer.weight.to(torch.int8), "scales": torch.full((layer.out_features, 1), torch.nan)}
 
 
+def test_fp8_is_refused_on_devices_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mopefuse.encoders._quantized_linear._WITHOUT_FP8", ("cpu",))
+    with pytest.raises(MopefuseError, match="PyTorch has no fp8 on cpu") as caught:
+        create_encoder("tiny:vision?quantize=fp8")
+    assert "quantize=int8" in caught.value.fix
+    create_encoder("tiny:vision?quantize=int8")
+
+
 def test_without_torchao_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "torchao" else found(name, *more))

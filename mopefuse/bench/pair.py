@@ -154,8 +154,7 @@ def bench_pair(
         experts: numbers of experts; the first is used by all rows that do not name one.
         methods, quantize, recompute: further rows, see `variants`.
         rounds: rounds over all variants.
-        more: further rounds after each of them, of the floor and conditional prompts, alternating, if the main encoder attends
-            within windows, with prompts as keys and values and as tokens; half as many for inference.
+        more: further rounds of the most important variants after each of them, see `_turns`; half as many for inference.
         train, infer, with_memory: what to measure.
         compiled: run forward passes through `torch.compile`.
 
@@ -170,14 +169,14 @@ def bench_pair(
     # 1. build the variants and time them; encoders and models are freed at the end
     frozen = build_encoders(config, device)
     frozen["main"].require_promptable(fix="use it as --comp instead")
-    quantized, faults = _quantized(config, quantize, device)
+    quantized, faults = build_quantized(config, quantize, device)
     reasons = {variant.name: faults.get(variant.quantize) or missing(variant, frozen) for variant in chosen}
     present = [variant for variant in chosen if not reasons[variant.name]]
-    data = random_batch(frozen, batch, text_length, device)
-    subjects = _build_subjects(config, present, {"": frozen, **quantized}, data, device, compiled=compiled, advance=advance)
+    data, shared = random_batch(frozen, batch, text_length, device), {"": frozen, **quantized}
+    subjects = _build_subjects(config, present, shared, data, device, compiled=compiled, advance=advance)
     turns = _turns(device, rounds, more, frozen["main"], chosen[1].name, compiled=compiled)
     timed = _time(subjects, turns, frozen, train=train, infer=infer, advance=advance)
-    del subjects, frozen, quantized
+    del subjects, frozen, quantized, shared
     # 2. measure memory
     measured = [variant for variant in present if with_memory and timed.facts[variant.name].trains]
     growths = _measure_memory(config, batch, text_length, device, measured, advance)
@@ -207,7 +206,7 @@ def _line(name: str, why_not: str, timed: _Timed, memory: int | None) -> Line:
     )
 
 
-def _quantized(
+def build_quantized(
     config: RunConfig, kinds: Sequence[str], device: torch.device
 ) -> tuple[dict[str, dict[str, Encoder]], dict[str, str]]:
     """The pair's encoders in each format, and why they do not exist in others.
@@ -263,6 +262,7 @@ def _warms_up_on_one_sample(device: torch.device, compiled: bool) -> bool:
 
 
 def _turns(device: torch.device, rounds: int, more: int, main: Encoder, first: str, *, compiled: bool) -> Turns:
+    """Most important are the floor and conditional prompts; in windows also prompts as keys and values, and as tokens."""
     often = ((FLOOR, first), *([(UNGATED, TOKENS)] if in_windows(main) else []))
     warm_up = 0 if _warms_up_on_one_sample(device, compiled) else 3
     return Turns(rounds=rounds, often=often, more=more, warm_up=warm_up, device=device)

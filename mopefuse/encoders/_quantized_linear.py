@@ -22,8 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mopefuse.core.error_codes import EncoderCode
+from mopefuse.errors import EncoderError
+
 BLOCK = 64  # weights that share a scale in nf4
 _GROUP = 256  # at most so many scales of nf4 share a factor
+_WITHOUT_FP8 = ("mps",)  # types of devices
 
 
 class QuantizedLinear(nn.Linear):
@@ -95,7 +99,7 @@ def _int8(linear: nn.Linear) -> dict[str, Tensor]:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     copy = _with_float32_weights(linear)
-    quantize_(copy, Int8WeightOnlyConfig(set_inductor_config=False))
+    quantize_(copy, Int8WeightOnlyConfig(set_inductor_config=False))  # the settings of torch.compile are not torchao's to change
     return {"codes": copy.weight.qdata, "scales": copy.weight.scale}
 
 
@@ -113,6 +117,10 @@ def _fp8(linear: nn.Linear) -> dict[str, Tensor]:
 
 
 def _restore_fp8(dtype: torch.dtype, outputs: int, codes_NK: Tensor, scales_N1: Tensor) -> Tensor:
+    device = codes_NK.device.type
+    if device in _WITHOUT_FP8:
+        fix = "use ?quantize=int8, or --device cpu"
+        raise EncoderError(EncoderCode.BAD_OPTION, f"PyTorch has no fp8 on {device}", where="quantize=fp8", fix=fix)
     return codes_NK.view(torch.float8_e4m3fn).to(dtype).mul_(scales_N1)
 
 
