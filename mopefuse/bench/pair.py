@@ -166,7 +166,7 @@ def bench_pair(
     config = full_specs(config)
     device = devices.resolve(config.device)
     chosen = variants(experts, methods, quantize=quantize, recompute=recompute)
-    # 1. build the variants and time them; encoders and models are freed at the end
+    # build the variants and time them; encoders and models are freed before memory is measured
     frozen = build_encoders(config, device)
     frozen["main"].require_promptable(fix="use it as --comp instead")
     quantized, faults = build_quantized(config, quantize, device)
@@ -177,7 +177,6 @@ def bench_pair(
     turns = _turns(device, rounds, more, frozen["main"], chosen[1].name, compiled=compiled)
     timed = _time(subjects, turns, frozen, train=train, infer=infer, advance=advance)
     del subjects, frozen, quantized, shared
-    # 2. measure memory
     measured = [variant for variant in present if with_memory and timed.facts[variant.name].trains]
     growths = _measure_memory(config, batch, text_length, device, measured, advance)
     return PairBench(

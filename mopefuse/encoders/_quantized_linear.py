@@ -99,7 +99,7 @@ def _int8(linear: nn.Linear) -> dict[str, Tensor]:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     copy = _with_float32_weights(linear)
-    quantize_(copy, Int8WeightOnlyConfig(set_inductor_config=False))  # the settings of torch.compile are not torchao's to change
+    quantize_(copy, Int8WeightOnlyConfig(set_inductor_config=False))  # keeps the settings of torch.compile
     return {"codes": copy.weight.qdata, "scales": copy.weight.scale}
 
 
