@@ -5,20 +5,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from conftest import TINY, call, make_pairs
-from encoder_cases import edit_config, sharpen
+from encoder_cases import sharpen
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from mopefuse.encoders._hf_text import padding_id
 from mopefuse.encoders.base import Encoder, Prompt, create_encoder
 from mopefuse.errors import MopefuseError
 from mopefuse.testing import check_encoder
 
-END = 0  # id of the end of a text
+END = 1  # id of the end of a text
 QWEN = {
     "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128,
     "vocab_size": 300, "max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": END, "pad_token_id": None,
@@ -36,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     letters = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=["<|endoftext|>"], initial_alphabet=letters)
+    trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=["<|start|>", "<|endoftext|>"], initial_alphabet=letters)
     tokenizer.train_from_iterator(SENTENCES, trainer)
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", padding_side="left")
     fast.save_pretrained(root)
@@ -113,13 +115,15 @@ def test_options_that_make_no_sense_are_refused(folder: Path) -> None:
     assert "quantize=int8" in caught.value.fix
 
 
-def test_a_padding_id_outside_the_vocabulary_is_not_used(folder: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "qwen"
-    copy.mkdir()
-    for file in folder.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    edit_config(copy, pad_token_id=-1, eos_token_id=[5, END])
-    assert (create_encoder(f"hf:{copy}").preprocess.batch(["", "a photo"])["ids"][0] == END).all()
+@pytest.mark.parametrize(
+    ("configured", "pad", "end", "expected"),
+    [(3, 4, 5, 3), (None, 4, 5, 4), (-1, None, 5, 5), (None, 64, 5, 5), (None, None, None, 0)],
+)
+def test_padding_is_the_first_id_that_is_named_and_in_the_vocabulary(
+    configured: int | None, pad: int | None, end: int | None, expected: int
+) -> None:
+    tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=end)
+    assert padding_id({"pad_token_id": configured, "vocab_size": 64}, tokenizer) == expected
 
 
 @pytest.mark.parametrize("side", ["main", "comp"])

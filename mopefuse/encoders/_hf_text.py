@@ -98,9 +98,7 @@ def padding_id(config: Mapping[str, Any], tokenizer: Any) -> int:
 
     Its value has no effect on padding, which is masked.
     """
-    ends = config.get("eos_token_id")
-    end = ends[0] if isinstance(ends, list) else ends
-    named = (config.get("pad_token_id"), tokenizer.pad_token_id, end, tokenizer.eos_token_id)
+    named = (config.get("pad_token_id"), tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((number for number in named if isinstance(number, int) and 0 <= number < int(config["vocab_size"])), 0)
 
 
