@@ -2,7 +2,8 @@
 
 An encoder that was quantised, or no longer is, keeps everything. A new complementary encoder keeps prompts, experts and head;
 only weights that read its features are new. A new main encoder with the same widths, heads and depth (ViT-B to DeiT-B, BERT
-to RoBERTa) keeps everything; one with another geometry keeps only what does not depend on its layers. Rows of the head stay with their labels.
+to RoBERTa) keeps everything; one with another geometry keeps only what does not depend on its layers. Rows of the head stay
+with their labels.
 
 Shapes: N labels, F features of the head.
 """
