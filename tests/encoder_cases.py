@@ -44,6 +44,7 @@ HF: dict[str, dict[str, Any]] = {
     "clip_text_model": {**TEXT, **SPECIAL, "eos_token_id": 3, "max_position_embeddings": 40},
     "siglip_text_model": {**TEXT, **SPECIAL, "max_position_embeddings": 20, "projection_size": 32},
     "llama": {**DECODER, "num_key_value_heads": 2},
+    "mistral": {**DECODER, "num_key_value_heads": 2, "sliding_window": 4},
     "qwen2": {**DECODER, "num_key_value_heads": 2},
     "qwen3": {**DECODER, "num_key_value_heads": 1, "head_dim": 16},
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40, "vocab_size": 64, **SPECIAL},
@@ -59,7 +60,7 @@ HF: dict[str, dict[str, Any]] = {
     "dinov2_with_registers": {**IMAGE, "num_register_tokens": 3},
     "dinov3_vit": {**IMAGE, "num_register_tokens": 2},
 }  # fmt: skip
-LAST = ("llama", "qwen2", "qwen3", "gpt2")
+LAST = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 POOLER = (
     "swin", "clip_text_model", "clip_vision_model", "siglip_text_model", "siglip_vision_model", "beit", "dinov2",
     "dinov2_with_registers", "dinov3_vit",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 HF_LAYERS = (
     "BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer", "TransformerBlock", "ViTLayer", "DeiTLayer",
     "CLIPEncoderLayer", "ModernBertEncoderLayer", "SiglipEncoderLayer", "BeitLayer", "Dinov2Layer", "Dinov2WithRegistersLayer",
-    "DINOv3ViTLayer", "LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GPT2Block",
+    "DINOv3ViTLayer", "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GPT2Block",
 )  # fmt: skip
 TIMM_LAYERS = ("Block", "ResPostBlock", "EvaBlock", "EvaBlockPostNorm", "SwinTransformerBlock", "SwinTransformerV2Block")
 

@@ -15,7 +15,7 @@ import torch
 from conftest import plain_config, run_cli
 
 from mopefuse.bench import inserted_tokens, memory, scale
-from mopefuse.bench.pair import PairBench, bench_pair, random_batch
+from mopefuse.bench.pair import PairBench, bench_pair, build_quantized, random_batch
 from mopefuse.bench.timing import Times, Turns
 from mopefuse.bench.variants import FLOOR, QUARTER, Subject, Variant, build_encoders, conditional, variants
 from mopefuse.cli.bench import PAIRS
@@ -178,6 +178,27 @@ def test_parameters_and_bytes_are_those_that_a_run_trains_and_saves(found: PairB
     assert found.line("late-concat, fine-tuned").artefact > found.weights
 
 
+@pytest.mark.process
+def test_quantised_encoders_have_rows_with_the_bytes_of_their_weights() -> None:
+    options: dict[str, Any] = {"quantize": ("int8", "nf4"), "infer": False, "with_memory": False}
+    found = bench_pair(plain_config(TINY), batch=2, text_length=6, experts=(4,), rounds=1, more=0, **options)
+    plain, *others = (found.line(f"{conditional(4)}{kind}") for kind in ("", ", int8 encoders", ", nf4 encoders"))
+    assert plain.encoders == found.weights
+    assert [line.encoders for line in others] == [encoder_bytes("int8"), encoder_bytes("nf4")]
+    assert all(line.encoders < plain.encoders / 2 and line.train and line.trainable == plain.trainable for line in others)
+
+
+def test_encoders_that_cannot_be_quantised_have_a_reason_instead_of_times() -> None:
+    config = plain_config({**TINY, "comp": "timm:resnet18?pretrained=false"})
+    found, faults = build_quantized(config, ("int8",), CPU)
+    assert not found and "has no linear layers" in faults["int8"]
+
+
+def encoder_bytes(kind: str) -> int:
+    pair = [create_encoder(f"{spec}?quantize={kind}") for spec in (TINY["main"], TINY["comp"])]
+    return sum(p.numel() * p.element_size() for encoder in pair for p in encoder.parameters())
+
+
 def _hold(shared: int, case: int) -> int:
     return memory.memory_growth(CPU, lambda: torch.ones(case * 2**20 // 4).sum())
 
@@ -250,6 +271,7 @@ def test_the_default_pairs_are_those_of_the_documentation() -> None:
         (("--experts", "0"), "MF-CFG-130"),
         (("--main", "timm:resnet18", "--comp", "tiny:text"), "MF-ENC-21"),
         (("--main", "tiny:vision", "--comp", "tiny:text", "--method", "pnf"), "MF-CFG"),
+        (("--main", "tiny:vision", "--comp", "tiny:text", "--quantize", "int4"), "MF-ENC-24"),
         (("ddp", "--processes", "two"), "MF-CFG-130"),
     ],
 )

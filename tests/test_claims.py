@@ -385,6 +385,16 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_deploy::test_the_job_that_trains_has_flags_that_exist",
         "full": "test_deploy::test_the_slim_image_serves_bundles_and_ends_on_sigterm",
     },
+    "quantised encoders pass gradients on, and are other encoders": {
+        "quick": "test_quantize::test_the_restored_weights_are_those_of_torchao "
+        "test_quantize::test_gradients_of_prompts_are_close_to_those_with_floating_point "
+        "test_quantize::test_every_family_satisfies_the_contract_in_8_bits "
+        "test_quantize::test_it_is_another_encoder_in_descriptions_and_caches "
+        "test_decoders::test_a_quantised_language_model_is_trained_with_and_loaded_again",
+        "full": "test_quantize::test_a_model_with_quantised_encoders_compiles_to_one_graph "
+        "test_quantize::test_a_run_is_exported_in_any_form "
+        "test_bench::test_quantised_encoders_have_rows_with_the_bytes_of_their_weights",
+    },
     "imports only go down": {
         "quick": "test_layers::test_imports_go_down_only",
     },

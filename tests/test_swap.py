@@ -55,6 +55,14 @@ def test_if_nothing_is_swapped_everything_is_kept() -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in old.items())
 
 
+def test_encoders_in_another_format_keep_everything() -> None:
+    wide = {"head_features": "all", "head_hidden": 8}
+    _, _, origins = pair(wide, {**wide, "main": "tiny:vision?quantize=int8", "comp": "tiny:text?quantize=nf4"})
+    assert set(origins.values()) == {"kept"}
+    _, _, origins = pair(wide, {**wide, "comp": "tiny:text-b?quantize=nf4"})
+    assert "partial" in origins.values()
+
+
 @pytest.mark.parametrize("router", ["cross", "joint"])
 def test_a_new_complementary_encoder_keeps_prompts_experts_and_head(router: str) -> None:
     old, state, origins = pair({"router": {"kind": router}}, {"comp": "tiny:text?pool=cls", "router": {"kind": router}})

@@ -33,8 +33,11 @@ from mopefuse.bench.variants import (
 )
 from mopefuse.config.schema import RunConfig
 from mopefuse.core import device as devices
+from mopefuse.core.parameters import count_parameters
 from mopefuse.data.base import Batch
-from mopefuse.encoders.base import Encoder
+from mopefuse.encoders._quantize import with_quantize
+from mopefuse.encoders.base import Encoder, check_name
+from mopefuse.errors import EncoderError
 from mopefuse.fusion.build import full_specs
 
 
@@ -48,6 +51,7 @@ class Line:
     memory: int | None  # bytes of a training step, without the encoders
     trainable: int  # parameters
     artefact: int  # bytes of the saved tensors
+    encoders: int  # bytes of the weights of both encoders
     why_not: str = ""
 
 
@@ -55,7 +59,7 @@ class Shared(NamedTuple):
     """Inputs that all memory measurements share."""
 
     config: RunConfig
-    encoders: dict[str, Encoder]
+    encoders: dict[str, dict[str, Encoder]]  # by format
     batch: Batch
     device: torch.device
 
@@ -106,11 +110,20 @@ class PairBench:
         }
 
 
+class Facts(NamedTuple):
+    """What is known of a variant without measuring it; see `Line`."""
+
+    trainable: int = 0
+    artefact: int = 0
+    encoders: int = 0
+    trains: bool = False  # whether there is a training step
+
+
 @dataclass(frozen=True)
 class _Timed:
     """Facts and times of the variants that exist for a pair, by name."""
 
-    facts: Mapping[str, tuple[int, int, bool]]  # trainable parameters, bytes of the artifact, whether there is a training step
+    facts: Mapping[str, Facts]
     train: Mapping[str, Times]
     infer: Mapping[str, Times]
     weights: int  # bytes of both encoders, in float32
@@ -123,6 +136,7 @@ def bench_pair(
     text_length: int,
     experts: Sequence[int] = (16,),
     methods: Sequence[str] = (),
+    quantize: Sequence[str] = (),
     recompute: bool = False,
     rounds: int = 2,
     more: int = 5,
@@ -138,10 +152,9 @@ def bench_pair(
         config: the pair, its prompts, router and precision.
         text_length: tokens of each text.
         experts: numbers of experts; the first is used by all rows that do not name one.
-        methods, recompute: further rows, see `variants`.
+        methods, quantize, recompute: further rows, see `variants`.
         rounds: rounds over all variants.
-        more: further rounds after each of them, of the floor and conditional prompts, alternating, if the main encoder attends
-            within windows, with prompts as keys and values and as tokens; half as many for inference.
+        more: further rounds of the most important variants after each of them, see `_turns`; half as many for inference.
         train, infer, with_memory: what to measure.
         compiled: run forward passes through `torch.compile`.
 
@@ -152,19 +165,19 @@ def bench_pair(
     """
     config = full_specs(config)
     device = devices.resolve(config.device)
-    chosen = variants(experts, methods, recompute=recompute)
-    # 1. build the variants and time them; encoders and models are freed at the end
+    chosen = variants(experts, methods, quantize=quantize, recompute=recompute)
+    # build the variants and time them; encoders and models are freed before memory is measured
     frozen = build_encoders(config, device)
     frozen["main"].require_promptable(fix="use it as --comp instead")
-    reasons = {variant.name: missing(variant, frozen) for variant in chosen}
+    quantized, faults = build_quantized(config, quantize, device)
+    reasons = {variant.name: faults.get(variant.quantize) or missing(variant, frozen) for variant in chosen}
     present = [variant for variant in chosen if not reasons[variant.name]]
-    data = random_batch(frozen, batch, text_length, device)
-    subjects = _build_subjects(config, present, frozen, data, device, compiled=compiled, advance=advance)
+    data, shared = random_batch(frozen, batch, text_length, device), {"": frozen, **quantized}
+    subjects = _build_subjects(config, present, shared, data, device, compiled=compiled, advance=advance)
     turns = _turns(device, rounds, more, frozen["main"], chosen[1].name, compiled=compiled)
     timed = _time(subjects, turns, frozen, train=train, infer=infer, advance=advance)
-    del subjects, frozen
-    # 2. measure memory
-    measured = [variant for variant in present if with_memory and timed.facts[variant.name][2]]
+    del subjects, frozen, quantized, shared
+    measured = [variant for variant in present if with_memory and timed.facts[variant.name].trains]
     growths = _measure_memory(config, batch, text_length, device, measured, advance)
     return PairBench(
         config=config,
@@ -179,16 +192,36 @@ def bench_pair(
 
 
 def _line(name: str, why_not: str, timed: _Timed, memory: int | None) -> Line:
-    trainable, artefact, _ = timed.facts.get(name, (0, 0, False))
+    facts = timed.facts.get(name, Facts())
     return Line(
         name=name,
         train=timed.train.get(name),
         infer=timed.infer.get(name),
         memory=memory,
-        trainable=trainable,
-        artefact=artefact,
+        trainable=facts.trainable,
+        artefact=facts.artefact,
+        encoders=facts.encoders,
         why_not=why_not,
     )
+
+
+def build_quantized(
+    config: RunConfig, kinds: Sequence[str], device: torch.device
+) -> tuple[dict[str, dict[str, Encoder]], dict[str, str]]:
+    """The pair's encoders in each format, and why they do not exist in others.
+
+    Raises:
+        EncoderError: an unknown format.
+        PackageError: torchao is not installed.
+    """
+    found, faults = {}, {}
+    for kind in kinds:
+        check_name(with_quantize(config.main, kind))
+        try:
+            found[kind] = build_encoders(config, device, kind)
+        except EncoderError as error:
+            faults[kind] = str(error.args[0])
+    return found, faults
 
 
 def _device_name(device: torch.device) -> str:
@@ -200,17 +233,21 @@ def _device_name(device: torch.device) -> str:
 def _build_subjects(
     config: RunConfig,
     chosen: Sequence[Variant],
-    frozen: dict[str, Encoder],
+    frozen: Mapping[str, dict[str, Encoder]],
     data: Batch,
     device: torch.device,
     *,
     compiled: bool,
     advance: Advance,
 ) -> dict[str, Subject]:
-    """Build the model of each variant and, on an uncompiled CPU, warm it up on one sample."""
+    """Build the model of each variant and, on an uncompiled CPU, warm it up on one sample.
+
+    Args:
+        frozen: encoders that variants share, by format.
+    """
     subjects = {}
     for variant in chosen:
-        encoders = build_encoders(config, device) if variant.own_encoders else frozen
+        encoders = build_encoders(config, device) if variant.own_encoders else frozen[variant.quantize]
         subjects[variant.name] = Subject(variant, config, encoders, data, device, compiled=compiled)
     if _warms_up_on_one_sample(device, compiled):
         for number, (name, subject) in enumerate(subjects.items()):
@@ -224,6 +261,7 @@ def _warms_up_on_one_sample(device: torch.device, compiled: bool) -> bool:
 
 
 def _turns(device: torch.device, rounds: int, more: int, main: Encoder, first: str, *, compiled: bool) -> Turns:
+    """Most important are the floor and conditional prompts; in windows also prompts as keys and values, and as tokens."""
     often = ((FLOOR, first), *([(UNGATED, TOKENS)] if in_windows(main) else []))
     warm_up = 0 if _warms_up_on_one_sample(device, compiled) else 3
     return Turns(rounds=rounds, often=often, more=more, warm_up=warm_up, device=device)
@@ -243,10 +281,13 @@ def _time(
     passes = {name: subject.infer for name, subject in subjects.items() if subject.variant.time_inference and infer}
     fewer = replace(turns, more=turns.more // 2)
     return _Timed(
-        facts={name: (subject.trainable, subject.artefact, subject.trains) for name, subject in subjects.items()},
+        facts={
+            name: Facts(subject.trainable, subject.artefact, subject.encoder_bytes, subject.trains)
+            for name, subject in subjects.items()
+        },
         train=turns.time(steps, lambda name, done, total: advance(f"training: {name}", done, total)),
         infer=fewer.time(passes, lambda name, done, total: advance(f"inference: {name}", done, total)),
-        weights=sum(4 * p.numel() for encoder in frozen.values() for p in encoder.parameters()),
+        weights=sum(4 * count_parameters(encoder) for encoder in frozen.values()),
     )
 
 
@@ -279,17 +320,22 @@ def _memory(
     config: RunConfig, batch: int, text_length: int, device: torch.device, measured: Sequence[Variant]
 ) -> Iterator[int]:
     """Iterate over the memory in bytes that each variant's training step adds, including gradients and optimizer state."""
-    build = partial(_encoders_and_batch, config, batch, text_length, device)
+    formats = tuple(dict.fromkeys(variant.quantize for variant in measured))
+    build = partial(_encoders_and_batch, config, batch, text_length, device, formats)
     if device.type == "cuda":
         return (_step_memory(build(), variant) for variant in measured)
     return memory.in_fresh_processes(build, _step_memory, measured)
 
 
-def _encoders_and_batch(config: RunConfig, batch: int, text_length: int, device: torch.device) -> Shared:
-    encoders = build_encoders(config, devices.resolve(str(device)))
-    return Shared(config, encoders, random_batch(encoders, batch, text_length, device), device)
+def _encoders_and_batch(
+    config: RunConfig, batch: int, text_length: int, device: torch.device, formats: Sequence[str]
+) -> Shared:
+    device = devices.resolve(str(device))
+    encoders = {kind: build_encoders(config, device, kind) for kind in formats}
+    return Shared(config, encoders, random_batch(encoders[formats[0]], batch, text_length, device), device)
 
 
 def _step_memory(shared: Shared, variant: Variant) -> int:
-    subject = Subject(variant, shared.config, shared.encoders, shared.batch, shared.device)
+    encoders = shared.encoders[variant.quantize]
+    subject = Subject(variant, shared.config, encoders, shared.batch, shared.device)
     return memory.memory_growth(shared.device, subject.warm_up, subject.step)

@@ -22,6 +22,7 @@ from mopefuse.core import device as devices
 from mopefuse.core import distributed, registry
 from mopefuse.data.base import Batch
 from mopefuse.encoders._prompted import PromptedEncoder
+from mopefuse.encoders._quantize import with_quantize
 from mopefuse.encoders.base import Encoder, create_encoder, run_frozen
 from mopefuse.encoders.tiny import TinyEncoder
 from mopefuse.fusion.base import Fusion
@@ -47,6 +48,7 @@ class Variant:
         part: prompts are in the last 1/part of the layers.
         bare: whether there is no fusion model, only the encoders.
         time_inference: whether inference is timed as well as training.
+        quantize: format of the encoders' linear layers, see `encoders._quantize`; empty for that of their specs.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Variant:
     part: int = 1
     bare: bool = False
     time_inference: bool = False
+    quantize: str = ""
 
     @property
     def own_encoders(self) -> bool:
@@ -63,11 +66,14 @@ class Variant:
         return not self.bare and (self.settings.get("tune") == "full" or self.name == self.settings.get("method"))
 
 
-def variants(experts: Sequence[int], methods: Sequence[str] = (), *, recompute: bool = False) -> list[Variant]:
+def variants(
+    experts: Sequence[int], methods: Sequence[str] = (), *, quantize: Sequence[str] = (), recompute: bool = False
+) -> list[Variant]:
     """List the rows, of which the first two are the floor and conditional prompts with the first number of experts.
 
     Args:
         methods: further fusion methods, each with its defaults.
+        quantize: formats; for each, a row of the floor and one of conditional prompts with quantised encoders.
         recompute: add a row of conditional prompts with activation checkpointing.
     """
     k, *more = experts
@@ -89,6 +95,11 @@ def variants(experts: Sequence[int], methods: Sequence[str] = (), *, recompute: 
         Variant("frozen features, linear probe", {"method": "late-concat"}),
         Variant("late-concat, fine-tuned", {"method": "late-concat", "tune": "full"}),
         *(Variant(name, {"method": name}, time_inference=True) for name in methods),
+        *(
+            Variant(f"{name}, {kind} encoders", settings, bare=not settings, time_inference=True, quantize=kind)
+            for kind in quantize
+            for name, settings in ((FLOOR, {}), (conditional(k), usual))
+        ),
     ]
 
 
@@ -167,6 +178,11 @@ class Subject:
         return self.variant.bare or self.optimizer is not None
 
     @property
+    def encoder_bytes(self) -> int:
+        """Size of the weights of both encoders in bytes."""
+        return sum(p.numel() * p.element_size() for encoder in self.encoders.values() for p in encoder.parameters())
+
+    @property
     def trainable(self) -> int:
         """Number of trainable parameters."""
         return 0 if self.variant.bare else sum(self.model.breakdown().values())
@@ -236,10 +252,10 @@ def _require_gradient(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     hidden.requires_grad_()
 
 
-def build_encoders(config: RunConfig, device: torch.device) -> dict[str, Encoder]:
-    """Create the pair's encoders, with seed 0 for random weights."""
+def build_encoders(config: RunConfig, device: torch.device, quantize: str = "") -> dict[str, Encoder]:
+    """Create the pair's encoders, quantised to a format if one is given, with seed 0 for random weights."""
     encoders = {}
     for side, spec in specs(config).items():
         torch.manual_seed(0)
-        encoders[side] = create_encoder(spec).to(device)
+        encoders[side] = create_encoder(with_quantize(spec, quantize) if quantize else spec).to(device)
     return encoders

@@ -13,12 +13,15 @@ from mopefuse.cli._render import count, err, size, table
 
 def show_pair(pair: PairBench) -> None:
     """Print a table on stdout, and on stderr why values are missing."""
+    weights = len({line.encoders for line in pair.lines if line.encoders}) > 1
     columns = ["variant", "step", "samples/s", "x floor", "prediction", "x floor", "memory", "trained", "artifact"]
+    columns += ["encoders"] if weights else []
     rows = [
         [
             line.name, _time(line.train), _speed(line.train, pair.batch), _ratio(pair, line), _time(line.infer),
             _ratio(pair, line, infer=True), size(line.memory) if line.memory is not None else "-",
             count(line.trainable) if line.trainable else "-", size(line.artefact) if line.artefact else "-",
+            *([size(line.encoders) if line.encoders else "-"] if weights else []),
         ]
         for line in pair.lines
     ]  # fmt: skip
@@ -55,6 +58,7 @@ def pair_as_dict(pair: PairBench) -> dict[str, Any]:
                 "memory_bytes": line.memory,
                 "trainable": line.trainable,
                 "artefact_bytes": line.artefact,
+                "encoder_bytes": line.encoders,
                 "artefact_of_weights": line.artefact / pair.weights,
                 "why_not": line.why_not or None,
             }

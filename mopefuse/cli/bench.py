@@ -24,6 +24,9 @@ Comp = Annotated[str, typer.Option(metavar="SPEC", help="Complementary encoder, 
 BatchSize = Annotated[int, typer.Option(min=1, max=65_536, help="Samples per step.")]
 TextLength = Annotated[int, typer.Option(min=2, max=65_536, help="Tokens per text.")]
 Precision = Annotated[str, typer.Option(metavar="auto|fp32|bf16", help="Number format; auto: bf16 if the GPU has it.")]
+Formats = Annotated[
+    list[str] | None, typer.Option(metavar="int8|nf4|fp8", help="Also measure with encoders in this format. Repeatable.")
+]
 Rounds = Annotated[int, typer.Option(min=1, max=10_000, help="Repetitions of each measurement.")]
 
 
@@ -49,6 +52,7 @@ def bench(
     ] = True,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the models with torch.compile.")] = False,
     recompute: Annotated[bool, typer.Option("--checkpoint-activations", help="Also measure recomputed activations.")] = False,
+    quantize: Formats = None,
     rounds: Rounds = 2,
     more: Annotated[
         int, typer.Option(min=0, max=10_000, help="Extra repetitions of the most important rows in each round.")
@@ -75,6 +79,7 @@ def bench(
         "text_length": text_length,
         "experts": _numbers(experts),
         "methods": tuple(dict.fromkeys(method or ())),
+        "quantize": tuple(dict.fromkeys(quantize or ())),
         "recompute": recompute,
         "rounds": rounds,
         "more": more,

@@ -69,11 +69,13 @@ def inspect(
     Example:
       mopefuse encoders inspect "timm:vit_base?pretrained=false"
     """
-    from mopefuse.cli._render import out, print_json
+    from mopefuse.cli._render import out, print_json, size
+    from mopefuse.core.parameters import count_parameters
     from mopefuse.encoders.base import create_encoder
     from mopefuse.modalities.base import get_modality
 
     encoder = create_encoder(spec)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in encoder.parameters())
     facts: dict[str, Any] = {
         "spec": str(encoder.spec),
         "modality": encoder.modality,
@@ -82,7 +84,8 @@ def inspect(
         "widths": list(encoder.widths),
         "heads": list(encoder.heads),
         "feature_width": encoder.feature_width,
-        "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
+        "parameters": count_parameters(encoder),
+        "weights_bytes": weights,
         "fingerprint": encoder.fingerprint(),
         "preprocess": encoder.preprocess.describe(),
     }
@@ -100,6 +103,8 @@ def inspect(
             value = ", ".join(f"{name} {inner}" for name, inner in value.items())
         if key == "tokens":
             value = f"{value:,} per image"
+        if key == "weights_bytes":
+            key, value = "weights", size(value)
         out().print(f"{key:<14} {value:,}" if isinstance(value, int) else f"{key:<14} {value}", markup=False)
 
 

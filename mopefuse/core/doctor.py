@@ -17,7 +17,7 @@ from mopefuse.core import registry
 _CORE = "torch torchvision timm transformers open_clip_torch typer rich pydantic pyyaml safetensors huggingface_hub".split()
 _CORE += "scikit-learn pillow numpy jinja2".split()
 _EXTRAS = {"onnx": "export", "onnxruntime": "export", "altair": "report", "vl-convert-python": "report", "tensorboard": "track"}
-_EXTRAS |= {"peft": "lora", "optuna": "search"}
+_EXTRAS |= {"peft": "lora", "torchao": "quantize", "optuna": "search"}
 _CHECKS = {
     "torch and torchvision": ("import torchvision", "torch and torchvision do not match; pip install -U torch torchvision"),
     "timm": ("import timm", "timm cannot be imported; pip install -U timm"),

@@ -28,6 +28,7 @@ class Family:
         statistics: statistics of images, a key of `_hf_images.STATISTICS`, used with random weights only.
         model: class in transformers if `AutoModel` does not know the family.
         part: attribute of the model that is the encoder if it also has a decoder.
+        max_tokens: default limit of a text's length, unless its folder declares one; 0 for all positions.
     """
 
     modality: str
@@ -38,11 +39,13 @@ class Family:
     statistics: str = "half"
     model: str = ""
     part: str = ""
+    max_tokens: int = 0
 
 
 _TEXTS = ("cls", "mean", "cls+mean", "last")
 _IMAGES = ("pooler", "cls", "mean", "cls+mean")
-TEXT, DECODER, IMAGE = Family("text", "cls", _TEXTS), Family("text", "last", _TEXTS), Family("image", "pooler", _IMAGES)
+TEXT, IMAGE = Family("text", "cls", _TEXTS), Family("image", "pooler", _IMAGES)
+DECODER = Family("text", "last", ("last", "mean"), max_tokens=512)  # its first token sees no other
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
         ("bert", "roberta", "xlm-roberta", "distilbert", "electra"),

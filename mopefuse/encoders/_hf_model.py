@@ -38,6 +38,8 @@ _NO_PART = frozenset({
     "problem_type", "return_dict", "output_hidden_states", "output_attentions", "use_cache", "finetuning_task",
 })  # fmt: skip
 """Fields of a configuration that do not affect features."""
+_TYPES = {"dtype", "torch_dtype"}
+_NOT_OPTIONS = {"model_type", "auto_map", "architectures", *_TYPES}
 
 
 class TransformersEncoder(PromptedEncoder):
@@ -161,7 +163,10 @@ def _configure(spec: Spec, source: Source, ours: Collection[str]) -> Any:
         config.use_cache = False  # the cache of keys and values is for text generation
     if config.model_type in TOWERS:
         config = config.text_config if source.part == "text" else config.vision_config
-    accepted = {key for key in config.to_dict() if not key.startswith("_")} - {"model_type", "auto_map", "architectures"}
+    accepted = {key for key in config.to_dict() if not key.startswith("_")} - _NOT_OPTIONS
+    if any(key in spec.options for key in _TYPES):
+        what, fix = "weights are loaded in float32", "add ?quantize=int8 to save memory, or --precision bf16 to save time"
+        raise EncoderError(EncoderCode.BAD_OPTION, f"dtype is not an option: {what}", where=str(spec), fix=fix)
     for key, value in _options.library_options(spec, ours).items():
         if key not in accepted:
             raise _options.unknown_option(spec, key, accepted)

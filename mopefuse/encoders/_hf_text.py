@@ -89,8 +89,17 @@ def hashing_for(config: Mapping[str, Any]) -> HashingTokenizer:
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...], default: int, size: int) -> int:
-    named = [config[key] for key in keys if isinstance(config.get(key), int)]
+    named = [config[key] for key in keys if isinstance(config.get(key), int) and config[key] >= 0]
     return min(named[0] if named else default, size - 1)
+
+
+def padding_id(config: Mapping[str, Any], tokenizer: Any) -> int:
+    """The id of padding, which also stands for an empty text: that of the end of a text if none is named, as in many decoders.
+
+    Its value has no effect on padding, which is masked.
+    """
+    named = (config.get("pad_token_id"), tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((number for number in named if isinstance(number, int) and 0 <= number < int(config["vocab_size"])), 0)
 
 
 def limit_of(config: Mapping[str, Any]) -> int:

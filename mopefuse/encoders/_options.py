@@ -9,6 +9,7 @@ from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.registry import Spec
 from mopefuse.errors import EncoderError, did_you_mean
 
+QUANTIZE = "quantize"  # an option of every encoder, see `_quantize`
 _WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
 
 
@@ -34,7 +35,7 @@ def library_options(spec: Spec, ours: Iterable[str]) -> dict[str, Any]:
 
 def unknown_option(spec: Spec, key: str, accepted: Iterable[str]) -> EncoderError:
     """Build the error for an unknown option."""
-    names = sorted(set(accepted))
+    names = sorted({*accepted, QUANTIZE})
     return EncoderError(
         EncoderCode.UNKNOWN_OPTION,
         f"{spec.scheme}:{spec.name} has no option {key!r}",

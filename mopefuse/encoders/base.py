@@ -25,7 +25,7 @@ from mopefuse.core.error_codes import EncoderCode, PluginCode
 from mopefuse.core.precision import weight_type
 from mopefuse.core.registry import Spec
 from mopefuse.core.threads import PerThread
-from mopefuse.encoders import _lora
+from mopefuse.encoders import _lora, _quantize
 from mopefuse.encoders import description as _description
 from mopefuse.encoders._fingerprint import fingerprint
 from mopefuse.encoders._types import Call, EncoderOutput, Inputs, Prefix, Preprocess, PromptAt
@@ -80,6 +80,7 @@ class Encoder(nn.Module):
     leading_tokens: int | None = None  # tokens ahead of the patches; None if layers depend on the place or number of tokens
     lora_targets: tuple[str, ...] = ()  # names of the submodules that project queries and values
     libraries: tuple[str, ...] = ()  # distributions besides torch and mopefuse that affect its features
+    quantized: str = ""  # format of its linear layers, see `_quantize`; empty for floating point
     is_shared: bool = False  # whether other models use it, so that its parameters must not be changed
     unpromptable_reason: str = ""  # if there are no promptable layers: the reason, for the error message
 
@@ -254,12 +255,14 @@ class Encoder(nn.Module):
     def tune(self) -> None:
         """Make every parameter trainable."""
         assert not self.is_shared, "other models use the encoder"
+        _quantize.require_float(self, "--tune full")
         self.tuned = True
         self.requires_grad_(True)
 
     def adapt(self, lora: Lora) -> None:
         """Add trainable LoRA parameters, see `_lora.adapt`. May be called once."""
         assert not (self.adapted or self.is_shared), "the encoder was adapted before, or other models use it"
+        _quantize.require_float(self, "LoRA")
         _lora.adapt(self, lora)
         self.adapted = True
         for name, parameter in self.named_parameters():
@@ -300,10 +303,12 @@ class Encoder(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Describe what determines the features besides the weights: ``model``, ``preprocess`` and ``libraries``."""
         owners = [registry.distribution(point) for point in registry.find_candidates(registry.ENCODERS, self.spec.scheme)]
+        quantized = {_quantize.OPTION: self.quantized} if self.quantized else {}
+        libraries = ("mopefuse", "torch", *self.libraries, *owners, *(["torchao"] if quantized else []))
         description = {
-            "model": self.architecture(),
+            "model": {**self.architecture(), **quantized},
             "preprocess": _description.preprocess_values(self.preprocess),
-            "libraries": _description.get_versions(("mopefuse", "torch", *self.libraries, *owners)),
+            "libraries": _description.get_versions(libraries),
         }
         plain: dict[str, Any] = _description.to_json_values(description)
         return plain
@@ -338,12 +343,15 @@ class Encoder(nn.Module):
 def create_encoder(text: str) -> Encoder:
     """Create the frozen encoder that a spec names; ``encoder.spec`` has the full name of an alias.
 
+    The option ``quantize`` applies to every encoder, see `_quantize`.
+
     Raises:
         ConfigError: not a spec.
         EncoderError: an unknown scheme, an unknown encoder of the scheme, or one that cannot be loaded.
+        PackageError: the option needs a package that is not installed.
         PluginError: the plugin that provides the scheme cannot be used.
     """
-    spec = full_spec(text)
+    spec, quantized = _quantize.split_option(full_spec(text))
     build = registry.load(registry.ENCODERS, spec.scheme)
     owner, of_plugin, _ = spec.scheme.rpartition(":")
     try:
@@ -358,6 +366,8 @@ def create_encoder(text: str) -> Encoder:
         what = f"the plugin {owner} returned a {type(encoder).__name__} instead of a mopefuse.encoders.Encoder"
         raise PluginError(PluginCode.NOT_AN_ENCODER, what, where=str(spec), fix=f"upgrade or uninstall {owner}")
     encoder.freeze()
+    if quantized:
+        _quantize.quantize(encoder, quantized)
     return encoder
 
 
@@ -367,7 +377,7 @@ def check_name(text: str) -> None:
     Raises:
         ConfigError, EncoderError, PluginError: see `create_encoder`.
     """
-    spec = full_spec(text)
+    spec, _ = _quantize.split_option(full_spec(text))
     check = getattr(registry.load(registry.ENCODERS, spec.scheme), "check_name", None)  # a plugin may be a function
     if check is not None:
         check(spec)

@@ -7,7 +7,7 @@ Images have the size that the model's image processor declares; the model's posi
 ``?size=`` overrides it.
 
 Options: ``pretrained``, ``weights``, ``pool``, ``max_tokens`` (text), ``size`` (images); others override values of the
-configuration.
+configuration, except ``dtype``: weights are loaded in float32.
 
 Shapes: B batch, L tokens, D width, C width of the pooled feature.
 """
@@ -55,7 +55,7 @@ class HFEncoder(TransformersEncoder):
 
     def _preprocess(self, source: Source) -> TextPreprocess | ImagePreprocess:
         if self.modality == "text":
-            return _texts(self.spec, source, self.model_config, filled=self._family.filled)
+            return _texts(self.spec, source, self.model_config, self._family)
         return self._images(source)
 
     def _images(self, source: Source) -> ImagePreprocess:
@@ -146,12 +146,14 @@ class HFEncoder(TransformersEncoder):
         return tokens_BLD[:, self._prefix :].mean(dim=1) if mask_BL is None else mean_of(tokens_BLD, mask_BL)
 
 
-def _texts(spec: Spec, source: Source, config: Any, *, filled: bool) -> TextPreprocess:
+def _texts(spec: Spec, source: Source, config: Any, family: Family) -> TextPreprocess:
     """Build preprocessing with the encoder's tokenizer and length."""
     if "size" in spec.options:
         raise _options.unknown_option(spec, "size", {*_OURS} - {"size"})
     values = {**config.to_dict(), "model_type": config.model_type}
     limit = _hf_text.limit_of(values)
+    usual = _hf_text.declared_length(source.folder) or min(limit, family.max_tokens or limit)
+    length = limit if family.filled else None
     if source.folder is None or not any((source.folder / name).is_file() for name in _hf_text.VOCABULARIES):
         if (source.trained and source.folder is not None) or "weights" in spec.options:
             raise EncoderError(
@@ -160,9 +162,9 @@ def _texts(spec: Spec, source: Source, config: Any, *, filled: bool) -> TextPrep
                 where=str(spec),
                 fix="save the tokenizer beside the model, or add ?pretrained=false for random weights",
             )
-        most = _options.max_tokens(spec, min(limit, _hf_text.declared_length(source.folder) or limit), limit)
+        most = _options.max_tokens(spec, min(limit, usual), limit)
         hashing = _hf_text.hashing_for(values)
-        hashing.length = limit if filled else None
+        hashing.length = length
         return TextPreprocess(hashing, most, "hashing", int(config.vocab_size), hashing.save, hashing.length)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -175,10 +177,8 @@ def _texts(spec: Spec, source: Source, config: Any, *, filled: bool) -> TextPrep
             where=str(spec),
             fix="save it again with save_pretrained()",
         ) from error
-    own = min(limit, _hf_text.declared_length(source.folder) or limit, tokenizer.model_max_length)
-    pad_id = config.pad_token_id if isinstance(config.pad_token_id, int) else tokenizer.pad_token_id or 0
-    tokenize = _hf_text.TokenizerWrapper(tokenizer, pad_id, limit if filled else None)
-    most = _options.max_tokens(spec, own, limit)
+    tokenize = _hf_text.TokenizerWrapper(tokenizer, _hf_text.padding_id(values, tokenizer), length)
+    most = _options.max_tokens(spec, min(limit, usual, tokenizer.model_max_length), limit)
     return TextPreprocess(tokenize, most, spec.name, int(config.vocab_size), tokenize.save, tokenize.length)
 
 

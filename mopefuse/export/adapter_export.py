@@ -17,6 +17,7 @@ from mopefuse.core.argument_names import python_names
 from mopefuse.core.artifact import dump_json, publish
 from mopefuse.core.atomic_files import check_parent, remove_leftovers
 from mopefuse.core.error_codes import ConfigCode, EncoderCode, NumericCode
+from mopefuse.core.parameters import count_parameters
 from mopefuse.core.tensor_files import write_tensors
 from mopefuse.data.columns import sort_modalities
 from mopefuse.errors import ConfigError, EncoderError, NumericError
@@ -81,7 +82,7 @@ def save_adapter(
         "metrics": {split: dict(values) for split, values in (metrics or {}).items()},
         "parameters": {
             "trainable": sum(parameter.numel() for parameter in model.trainable_parameters()),
-            "total": sum(parameter.numel() for parameter in model.parameters()),
+            "total": count_parameters(model),
         },
     }
     publish(folder, lambda target: write_adapter(target, model, config, facts, name=folder.name), {"kind": adapter_folder.KIND})

@@ -14,6 +14,7 @@ from mopefuse.core import device as devices
 from mopefuse.core import distributed
 from mopefuse.core.error_codes import DataCode
 from mopefuse.core.formatting import several
+from mopefuse.core.parameters import count_parameters
 from mopefuse.data.base import Batch, DataSet, Split
 from mopefuse.data.collate import Samples
 from mopefuse.data.labels_task import describe_task
@@ -98,7 +99,7 @@ def plan(config: RunConfig, listener: Listener | None = None) -> Plan:
         encoders={side: str(model.encoder(side).spec) for side in model.uses},
         preprocess={side: model.encoder(side).preprocess.describe() for side in model.uses},
         trainable=model.breakdown(),
-        total=sum(parameter.numel() for parameter in model.parameters()),
+        total=count_parameters(model),
         memory=estimate_memory(model, data, prepared.config),
     )
 

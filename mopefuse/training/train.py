@@ -18,6 +18,7 @@ from mopefuse.core import distributed
 from mopefuse.core.artifact import dump_json
 from mopefuse.core.atomic_files import FREE_SPACE, write_atomically
 from mopefuse.core.error_codes import DataCode
+from mopefuse.core.parameters import count_parameters
 from mopefuse.core.stop_request import StopRequest
 from mopefuse.core.tensor_files import read_tensors, write_tensors
 from mopefuse.data.base import SPLITS, DataSet
@@ -254,7 +255,7 @@ def _finish(
         "threads": torch.get_num_threads(),
         "parameters": {
             "trainable": sum(breakdown.values()),
-            "total": sum(parameter.numel() for parameter in prepared.model.parameters()),
+            "total": count_parameters(prepared.model),
             "by_part": breakdown,
         },
         "rows": {name: len(split.rows) for name, split in data.splits.items()},

@@ -1,8 +1,9 @@
 """Transfer the weights of a trained model to one with another encoder or other labels, where they still apply.
 
-A new complementary encoder keeps prompts, experts and head; only weights that read its features are new. A new main
-encoder with the same widths, heads and depth (ViT-B to DeiT-B, BERT to RoBERTa) keeps everything; one with another geometry
-keeps only what does not depend on its layers. Rows of the head stay with their labels.
+An encoder that was quantised, or no longer is, keeps everything. A new complementary encoder keeps prompts, experts and head;
+only weights that read its features are new. A new main encoder with the same widths, heads and depth (ViT-B to DeiT-B, BERT
+to RoBERTa) keeps everything; one with another geometry keeps only what does not depend on its layers. Rows of the head stay
+with their labels.
 
 Shapes: N labels, F features of the head.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mopefuse.config.encoder_sides import is_comp
+from mopefuse.encoders._quantize import split_option
 from mopefuse.encoders.base import Encoder
 from mopefuse.fusion.base import Fusion
 
@@ -77,7 +79,13 @@ def _encoder_stays(dependency: str, old: Fusion, new: Fusion) -> bool:
     if side not in old.uses:
         return False
     before, after = old.encoder(side), new.encoder(side)
-    return str(after.spec) == str(before.spec) if aspect == "features" else same_geometry(before, after)
+    return _same_weights(before, after) if aspect == "features" else same_geometry(before, after)
+
+
+def _same_weights(one: Encoder, other: Encoder) -> bool:
+    """Whether two encoders differ in the format of their weights at most."""
+    first, second = (str(split_option(encoder.spec)[0]) for encoder in (one, other))
+    return first == second
 
 
 def _feature_dependency(side: str) -> str:
