@@ -372,7 +372,8 @@ CLAIMS: dict[str, dict[str, str]] = {
         "quick": "test_sharding::test_one_process_says_that_it_cannot_shard "
         "test_sharding::test_what_cannot_be_sharded_is_refused_before_training "
         "test_sharding::test_a_sharded_encoder_equals_a_whole_one",
-        "full": "test_sharding::test_sharded_runs_equal_whole_ones",
+        "full": "test_sharding::test_sharded_runs_equal_whole_ones "
+        "test_decoders::test_a_sharded_quantised_language_model_is_trained_with_as_a_whole_one",
     },
     "several machines give the same results as one, and a run survives the death of any process": {
         "quick": "test_nodes::test_the_same_command_starts_continues_and_repeats_a_run "

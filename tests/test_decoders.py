@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import TINY, call, make_pairs
+from conftest import TINY, call, make_pairs, ranks
 from encoder_cases import sharpen
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -139,3 +139,18 @@ def test_a_quantised_language_model_is_trained_with_and_loaded_again(side: str, 
     for file in files:
         assert call("predict", run, data / "test.jsonl", "-o", file, "--device", "cpu").returncode == 0
     assert files[0].read_text() == files[1].read_text() and files[0].read_text().count("\n") == 8
+
+
+@pytest.mark.process
+def test_a_sharded_quantised_language_model_is_trained_with_as_a_whole_one(folder: Path, tmp_path: Path) -> None:
+    """Both sides in two processes, with the outputs of early layers cached."""
+    data = make_pairs(tmp_path / "data")
+    options = ["--layers", "last:1", "--cache-prefix", "on", "--warm-start", "none", "--batch", "5", "--steps", "4"]
+    options += ["--main", f"hf:{folder}?quantize=int8", "--comp", "tiny:vision?quantize=int8", "--device", "cpu"]
+    for name, more in (("whole", []), ("sharded", ["--shard-encoders", "both"])):
+        own = str(tmp_path / "cache" / name)
+        done = ranks(2, "train", *options, *more, "--data", data, "--out", tmp_path / name, MOPEFUSE_CACHE=own)
+        assert done.returncode == 0, done.stderr
+    whole, sharded = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "sharded"))
+    assert whole == sharded
+    assert call("eval", tmp_path / "sharded", "--json").returncode == 0
