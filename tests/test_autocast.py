@@ -149,3 +149,8 @@ def test_segmentation_runs_in_half_precision(method: str, decoder: str) -> None:
     with FAKE:
         outputs, targets = torch.randn(3, 2, 8, 8, device="cuda"), torch.zeros(3, 32, 32, dtype=torch.uint8, device="cuda")
         assert task.loss(outputs.half(), targets).shape == (3,)
+
+
+@pytest.mark.parametrize("kind", matrix(["int8", "nf4", "fp8"], ["int8"]))
+def test_quantised_encoders_run_in_half_precision(kind: str) -> None:
+    runs_on_fake_cuda(build(f"{VIT}&quantize={kind}", f"tiny:text?quantize={kind}"))
