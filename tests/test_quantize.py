@@ -22,6 +22,7 @@ from test_fusion import TEXTS, images, open_gates
 from test_lora import SMALL_BERT, SMALL_VIT
 from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, NF4Tensor, quantize_
+from torchao.quantization.granularity import PerGroup, PerRow
 
 import mopefuse
 from mopefuse.core.parameters import count_parameters
@@ -33,7 +34,7 @@ from mopefuse.fusion.base import Fusion
 from mopefuse.testing import check_encoder
 
 pytest_plugins = ["families"]
-BYTES = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5}  # of a weight
+BYTES = {"int8": 1.125, "fp8": 1.0, "nf4": 0.5}  # of a weight
 GRADIENT = {"int8": 0.02, "fp8": 0.08, "nf4": 0.3}  # largest relative error of the gradient of a small model
 PAIRS = {
     "ViT and BERT": (f"timm:{TIMM['vit']}", SMALL_BERT),
@@ -55,7 +56,9 @@ def torchaos(layer: nn.Linear, kind: str) -> Tensor:
         group = math.gcd(layer.weight.numel() // 64, 256)
         return NF4Tensor.from_tensor(layer.weight.detach(), 64, group).get_original_weight()
     own = copy.deepcopy(layer)
-    quantize_(own, {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind](set_inductor_config=False))
+    shared = PerRow() if layer.in_features % 32 else PerGroup(32)
+    int8 = Int8WeightOnlyConfig(granularity=shared, set_inductor_config=False)
+    quantize_(own, int8 if kind == "int8" else Float8WeightOnlyConfig(set_inductor_config=False))
     return own.weight.dequantize()  # type: ignore[no-any-return, operator]
 
 

@@ -4,10 +4,11 @@ torchao quantises the weights; the layer keeps the result in plain tensors, so t
 sharding need no support for tensors of torchao. The weights are restored in each forward and backward pass and not kept
 between the two: the backward pass of `torch.nn.functional.linear` would keep a floating-point copy of every layer.
 
-Formats, all symmetric: ``int8`` and ``fp8`` (E4M3) with one scale per output; ``nf4``, 4 bits at the quantiles of a normal
+Formats, all symmetric: ``int8`` with one scale for 32 weights; ``fp8`` (E4M3) with one scale per output; ``nf4``, 4 bits at the quantiles of a normal
 distribution with one scale for 64 weights, itself stored in 8 bits (Dettmers et al., https://arxiv.org/abs/2305.14314).
 
-Shapes: N outputs, K inputs, B any leading dimensions, T = N * K / 64 blocks, S groups of blocks.
+Shapes: N outputs, K inputs, B any leading dimensions, G = K / 32 blocks of an output,
+T = N * K / 64 blocks, S groups of blocks.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from mopefuse.core.error_codes import EncoderCode
 from mopefuse.errors import EncoderError
 
 BLOCK = 64  # weights that share a scale in nf4
+_INT8_BLOCK = 32  # and in int8
 _GROUP = 256  # at most so many scales of nf4 share a factor
 _WITHOUT_FP8 = ("mps",)  # types of devices
 
@@ -95,16 +97,19 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def _int8(linear: nn.Linear) -> dict[str, Tensor]:
-    """Codes (N, K) and scales (N, 1)."""
+    """Codes (N, K) and scales (N, K / 32), or (N, 1) if K is not a multiple of 32."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup, PerRow
 
     copy = _with_float32_weights(linear)
-    quantize_(copy, Int8WeightOnlyConfig(set_inductor_config=False))  # keeps the settings of torch.compile
+    shared = PerRow() if linear.in_features % _INT8_BLOCK else PerGroup(_INT8_BLOCK)
+    quantize_(copy, Int8WeightOnlyConfig(granularity=shared, set_inductor_config=False))  # keeps the settings of torch.compile
     return {"codes": copy.weight.qdata, "scales": copy.weight.scale}
 
 
-def _restore_int8(dtype: torch.dtype, outputs: int, codes_NK: Tensor, scales_N1: Tensor) -> Tensor:
-    return codes_NK.to(dtype).mul_(scales_N1)
+def _restore_int8(dtype: torch.dtype, outputs: int, codes_NK: Tensor, scales_NG: Tensor) -> Tensor:
+    blocks = codes_NK.to(dtype).view(*scales_NG.shape, -1)
+    return blocks.mul_(scales_NG[..., None]).view(codes_NK.shape)
 
 
 def _fp8(linear: nn.Linear) -> dict[str, Tensor]:
