@@ -4,8 +4,9 @@ torchao quantises the weights; the layer keeps the result in plain tensors, so t
 sharding need no support for tensors of torchao. The weights are restored in each forward and backward pass and not kept
 between the two: the backward pass of `torch.nn.functional.linear` would keep a floating-point copy of every layer.
 
-Formats, all symmetric: ``int8`` with one scale for 32 weights; ``fp8`` (E4M3) with one scale per output; ``nf4``, 4 bits at the quantiles of a normal
-distribution with one scale for 64 weights, itself stored in 8 bits (Dettmers et al., https://arxiv.org/abs/2305.14314).
+Formats, all symmetric: ``int8`` with one scale for 32 weights; ``fp8`` (E4M3) with one scale per output; ``nf4``, 4 bits at the
+quantiles of a normal distribution with one scale for 64 weights, itself stored in 8 bits (Dettmers et al.,
+https://arxiv.org/abs/2305.14314).
 
 Shapes: N outputs, K inputs, B any leading dimensions, G = K / 32 blocks of an output,
 T = N * K / 64 blocks, S groups of blocks.
