@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from mopefuse.errors import DataError
 from mopefuse.modalities.file_source import FileSource, Folders, Joined, Stamp
 
 _SPLIT_NAMES = {"train": "train|training", "val": "val|valid|validation|dev", "test": "test|testing"}
+_ANY_SHARD = re.compile(r".+\.(?:tar|parquet|arrow)")
+_UNNAMED = re.compile(r"data-\d+-of-\d+\.arrow")
 _FOLDERS = ("", "data")  # of a data set, in which shards may be; data is that of the Hugging Face hub
 _HASHED_AT_ONCE = 1 << 24  # bytes
 _ALWAYS_HASHED = 64 << 20  # bytes; the digest of a larger file is kept in the cache
@@ -57,11 +60,11 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     named = re.compile(rf"(?:{_SPLIT_NAMES[split]})(?:[-_.]\d.*)?\.(?:tar|parquet|arrow)", re.IGNORECASE)
     with remote_errors(folder):
         for place in (folder / name if name else folder for name in _FOLDERS):
-            found = [item for item in _items(place) if named.fullmatch(item.name)]
+            found = _items(place, named)
             if found:
                 return found
         for name in _SPLIT_NAMES[split].split("|"):
-            found = [item for item in _items(folder / name) if item.suffix in SHARD_SUFFIXES]
+            found = _items(folder / name, _ANY_SHARD)
             if found:
                 return found
     return []
@@ -70,11 +73,15 @@ def find_shards(folder: Path, split: str) -> list[Path]:
 def unnamed_shards(folder: Path) -> list[Path]:
     """The shards of a folder without splits: Arrow files with the names that Hugging Face gives them."""
     with remote_errors(folder):
-        return [item for item in _items(folder) if re.fullmatch(r"data-\d+-of-\d+\.arrow", item.name)]
+        return _items(folder, _UNNAMED)
 
 
-def _items(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir(), key=lambda item: item.name) if folder.is_dir() else []
+def _items(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """The files of a folder whose name matches, sorted; the folder may also have a million others."""
+    if not folder.is_dir():
+        return []
+    names = (item.name for item in folder.iterdir()) if is_remote(folder) else os.listdir(folder)
+    return [folder / name for name in sorted(filter(pattern.fullmatch, names))]
 
 
 def pattern_shards(pattern: Path) -> tuple[list[Path], Path]:
