@@ -68,6 +68,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "plain": (rows(40), {}),
     "no ids": ([{key: value for key, value in row.items() if key != "id"} for row in rows(30)], {}),
     "integer ids and labels": (rows(30, id=lambda n: n + 5, label=lambda n: n % 4), {}),
+    "truth values": (rows(30, label=lambda n: n % 2 == 0), {}),
     "numbers": (rows(30, label=lambda n: n / 7), {}),
     "a number that is not finite": (rows(30, label=lambda n: float("nan") if n == 3 else 1.5), {}),
     "distinct files": (rows(30, img=lambda n: f"{n}.png"), {}),
@@ -84,7 +85,6 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 ROW_BY_ROW: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "an id that occurs twice": (rows(30, id=lambda n: n % 29), {}),
     "lists of labels": (rows(30, label=lambda n: ["a", "b"][: n % 3]), {}),
-    "truth values": (rows(30, label=lambda n: n % 2 == 0), {}),
     "many rows without a text": (rows(30, text=lambda n: None if n % 2 else "t"), {"on_missing": "absent"}),
     "separated labels": (rows(30, label=lambda n: "a|b"), {"label_sep": "|"}),
     "no column of labels": ([{"id": "1", "text": "t", "img": "i.png"}], {}),

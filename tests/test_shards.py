@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import tarfile
@@ -16,8 +17,11 @@ from conftest import TINY, call, code_of, write_rows
 from pyarrow import parquet
 from storage_cases import contents, load, losses, packed, write_tar
 
+from mopefuse.config.schema import Data
 from mopefuse.data.storage import paths, tar_shards
 from mopefuse.data.storage.name_table import NameTable, name_key
+from mopefuse.data.tables import find_tables
+from mopefuse.errors import DataError, Notice
 
 FORMATS = ("tar", "parquet")
 
@@ -62,7 +66,6 @@ def test_training_on_shards_takes_the_course_of_training_on_the_folder(
 
 
 def test_several_shards_are_read_one_after_another(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mopefuse.config.schema import Data
     from mopefuse.data.storage.pack import pack
 
     for kind in FORMATS:
@@ -245,6 +248,78 @@ def test_a_damaged_page_of_parquet_spoils_only_its_rows(pairs: Path, tmp_path: P
     file.write_bytes(content[:-100])
     (problem,) = (problem for problem in _check(out)["problems"] if problem["severity"] == "error")
     assert (problem["kind"], problem["code"]) == ("unreadable-table", "MF-DATA-24")
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ({"0.jpg": b"a", "0.png": b"b", "0.cls": "a", "0.txt": "t"}, "has two files for img"),
+        ({"0.jpg": b"a", "0.txt": "t", "0.json": '{"text": "other", "label": "a"}'}, "has text twice"),
+        ({"0.jpg": b"a", "0.txt": "t", "0.json": "[" * 100_000}, "which is nested too deeply"),
+        ({"0.jpg": b"a", "0.txt": b"\xff", "0.cls": "a"}, "which is not UTF-8"),
+    ],
+)
+def test_a_row_of_a_shard_that_contradicts_itself_is_bad(members: dict[str, Any], words: str, tmp_path: Path) -> None:
+    write_tar(tmp_path / "train.tar", members)
+    messages = [problem["message"] for problem in _check(tmp_path)["problems"] if problem["kind"] == "bad-row"]
+    assert any(words in message for message in messages), messages
+
+
+def test_hidden_files_are_skipped_and_hard_links_are_followed(pairs: Path, tmp_path: Path) -> None:
+    picture = (pairs / "images" / "train-0.png").read_bytes()
+    members = {"._0.png": b"x", "0.png": picture, "0.txt": "t", "0.cls": "a", "1.txt": "u", "1.cls": "b"}
+    path = write_tar(tmp_path / "train.tar", members)
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("1.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "0.png"
+        archive.addfile(link)
+    rows = contents(load(path))["train"]
+    assert [row[2]["text"] for row in rows] == ["t", "u"]
+    assert rows[0][3] == rows[1][3]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: content[: content.rindex(b"00000008.json")], "the end of the archive is missing"),
+        (lambda content: content + content, "another archive follows its end"),
+        (lambda content: gzip.compress(content), "is compressed"),
+        (lambda content: b"", "is damaged"),
+    ],
+)
+def test_a_file_that_is_not_one_whole_archive_is_refused(
+    change: Callable[[bytes], bytes], words: str, shards: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (file,) = shards("tar").glob("train-*.tar")
+    (tmp_path / "train.tar").write_bytes(change(file.read_bytes()))
+    assert any(words in problem["message"] for problem in _check(tmp_path)["problems"])
+
+
+def test_missing_shards_are_noticed(shards: Callable[[str], Path], tmp_path: Path) -> None:
+    for kind, numbers in (("parquet", "{}-of-00003"), ("tar", "{}")):
+        (file,) = shards(kind).glob(f"train-*.{kind}")
+        for number in ("00000", "00002"):
+            shutil.copy(file, tmp_path / f"train-{numbers.format(number)}.{kind}")
+    with pytest.raises(DataError, match="1 shard of 3 missing, such as number 1"):
+        find_tables(tmp_path / "train-*.parquet", Data())
+    with pytest.warns(Notice, match="1 is missing"):
+        find_tables(tmp_path / "train-*.tar", Data())
+
+
+@pytest.mark.parametrize("kind", ["binary", "large_binary"])
+def test_a_column_of_plain_bytes_has_the_images(kind: str, pairs: Path, tmp_path: Path) -> None:
+    rows = [
+        (row.values["text"], (pairs / str(row.values["image"])).read_bytes(), row.labels[0] == "a", b"x")
+        for row in load(pairs).splits["train"].rows
+    ]
+    types = {"text": arrow.string(), "img": getattr(arrow, kind)(), "label": arrow.bool_(), "md5": arrow.binary()}
+    schema = arrow.schema(types)
+    parquet.write_table(arrow.Table.from_pylist([dict(zip(types, row, strict=True)) for row in rows], schema), tmp_path / "train.parquet")
+    found = contents(load(tmp_path))["train"]
+    assert [row[3] for row in found] == [row[3] for row in contents(load(pairs))["train"]]
+    assert found[0][1:3] == (("true",), {"text": "what is the red digit", "image": "train.parquet/0/img"})
+    parquet.write_table(arrow.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "train.parquet")
+    assert code_of(lambda: load(tmp_path)) == "MF-DATA-22"
 
 
 # -- names and patterns

@@ -13,8 +13,8 @@ COLUMNS = "Columns of the table"
 TRAIN = "train"
 TRAIN_AND_FIT = "train, fit"
 TRAIN_AND_CHECK = "train, fit, data check"
-EVERY_TABLE = "train, fit, data check, data preview, eval, predict"
-LABELLED = "train, fit, data check, data preview, eval"
+EVERY_TABLE = "train, fit, data check, data preview, data pack, eval, predict"
+LABELLED = "train, fit, data check, data preview, data pack, eval"
 
 
 class Flag(NamedTuple):
@@ -48,10 +48,10 @@ FLAGS = (
     Flag("--test-fraction", "data.test_fraction", DATA, TRAIN_AND_CHECK),
     Flag("--shots", "data.shots", DATA),
     Flag("--fraction", "data.fraction", DATA, TRAIN_AND_FIT),
-    Flag("--on-missing", "data.on_missing", DATA, "train, fit, data check, eval"),
-    Flag("--on-bad", "data.on_bad", DATA, TRAIN_AND_CHECK),
+    Flag("--on-missing", "data.on_missing", DATA, "train, fit, data check, data pack, eval"),
+    Flag("--on-bad", "data.on_bad", DATA, "train, fit, data check, data pack"),
     Flag("--strict", "data.strict", DATA),
-    Flag("--max-pixels", "data.max_pixels", DATA, "train, fit, data check, data preview"),
+    Flag("--max-pixels", "data.max_pixels", DATA, "train, fit, data check, data preview, data pack"),
     Flag("--cache-images", "data.cache_images", DATA),
     Flag("--cache-prefix", "data.cache_prefix", DATA),
     Flag("--workers", "data.workers", DATA, TRAIN_AND_FIT),

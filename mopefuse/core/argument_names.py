@@ -10,6 +10,8 @@ from mopefuse.errors import MopefuseError
 
 _COMMAND_OR_FLAG = re.compile(r"((?:mopefuse|pip) [^;,·]*)|--([a-z]+(?:-[a-z]+)*)")
 
+_OTHERWISE = {"image-col": "img_col", "image-root": "image_roots"}  # names that do not follow from the flag
+
 
 @contextmanager
 def python_names() -> Iterator[None]:
@@ -23,4 +25,4 @@ def python_names() -> Iterator[None]:
 
 def as_argument(text: str) -> str:
     """`text` with the names of arguments in place of flags."""
-    return _COMMAND_OR_FLAG.sub(lambda match: match[1] or match[2].replace("-", "_"), text)
+    return _COMMAND_OR_FLAG.sub(lambda match: match[1] or _OTHERWISE.get(match[2]) or match[2].replace("-", "_"), text)

@@ -53,11 +53,14 @@ class ArrowFile:
             schema = reader.schema
         self.packed = PACKED in (schema.metadata or {})
         self.columns = [field.name for field in schema]
+        if repeated := sorted({name for name in self.columns if self.columns.count(name) > 1}):
+            what = f"the column {repeated[0]!r} occurs twice"
+            raise DataError(DataCode.COLUMN_TWICE, what, where=str(path), fix="rename or remove one of them")
         self.file_columns = {field.name: _is_struct(field.type) for field in schema if _holds_files(field.type)}
         self._names = _label_names(schema.metadata or {})
 
     def rows(self, first_line: int) -> Iterator[TableRow]:
-        """The rows; the value of a cell that is a file is its name, integers are texts.
+        """The rows; the value of a cell that is a file is its name; integers and truth values are texts.
 
         Args:
             first_line: number of the first row.
@@ -90,9 +93,9 @@ class ArrowFile:
             if name not in self.file_columns:
                 columns.append(self._plain(name, part.column(name)))
                 continue
-            cells = part.column(name).combine_chunks()
-            paths = cells.field("path").to_pylist() if self.file_columns[name] else [None] * len(part)
-            own = (self.name_of(first_row + number, name) for number in range(len(part)))
+            is_struct, count = self.file_columns[name], len(part)
+            paths = part.column(name).combine_chunks().field("path").to_pylist() if is_struct else [None] * count
+            own = (self.name_of(first_row + number, name) for number in range(count))
             named = [
                 (path if self.packed and path else mine) if is_there else path
                 for path, mine, is_there in zip(paths, own, present[name], strict=False)
@@ -144,7 +147,7 @@ class ArrowFile:
         return valid
 
     def _plain(self, name: str, column: Any) -> Any:
-        """Convert integers to texts: a column has one type, so integer ids and labels are not a mistake as in JSON."""
+        """Convert integers and truth values to texts: a column has one type, so they are not a mistake as in JSON."""
         import pyarrow as arrow
 
         kind, names = column.type, self._names.get(name)
@@ -154,7 +157,7 @@ class ArrowFile:
             return arrow.array([[*map(known.get, cell)] if isinstance(cell, list) else known.get(cell) for cell in cells])
         if arrow.types.is_dictionary(kind):
             column, kind = column.cast(kind.value_type), kind.value_type
-        return column.cast(arrow.string()) if arrow.types.is_integer(kind) else column
+        return column.cast(arrow.string()) if arrow.types.is_integer(kind) or arrow.types.is_boolean(kind) else column
 
     def _reader(self) -> Any:
         """The reader of this process: one that was opened before a fork is not used."""

@@ -116,7 +116,7 @@ class ParquetWriter(ShardWriter):
         try:
             plain = arrow.Table.from_pylist(listed) if any(listed) else None
         except arrow.ArrowException as error:
-            what = f"a column has values of several types: {error}"
+            what = f"{_odd_column(listed)} has values of several types: {error}"
             raise DataError(DataCode.BAD_ROW, what, where=self.path.name, fix="use --format tar") from None
         kind = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
         fields = [*(plain.schema if plain is not None else ()), *(arrow.field(column, kind) for column in columns)]
@@ -140,6 +140,18 @@ class ParquetWriter(ShardWriter):
                 size = 0
         ends += [len(self._rows)] if ends[-1] < len(self._rows) else []
         return [*pairwise(ends)]
+
+
+def _odd_column(rows: list[dict[str, Any]]) -> str:
+    """The column whose values have no common type, for a message."""
+    import pyarrow as arrow
+
+    for name in dict.fromkeys(name for row in rows for name in row):
+        try:
+            arrow.array([row.get(name) for row in rows])
+        except arrow.ArrowException:
+            return f"the column {name}"
+    return "a column"
 
 
 def _cells(rows: list[PackedRow], column: str, kind: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -28,12 +29,15 @@ from mopefuse.data.storage.remote_folder import RemoteFolder
 from mopefuse.data.storage.table import Table, TableRow
 from mopefuse.data.storage.tar_files import TarFiles
 from mopefuse.data.storage.tar_shards import open_shard, shard_rows
-from mopefuse.errors import DataError
+from mopefuse.errors import DataError, Notice
 from mopefuse.modalities.file_source import FileSource, Folders, Joined, Stamp
 
 _SPLIT_NAMES = {"train": "train|training", "val": "val|valid|validation|dev", "test": "test|testing"}
+_COMPRESSED = (".gz", ".tgz", ".zst", ".bz2", ".xz")
 _ANY_SHARD = re.compile(r".+\.(?:tar|parquet|arrow)")
 _UNNAMED = re.compile(r"data-\d+-of-\d+\.arrow")
+_COUNTED = re.compile(r"(\d+)-of-(\d+)\.\w+$")
+_NUMBERED = re.compile(r"(\d+)$")
 _FOLDERS = ("", "data")  # of a data set, in which shards may be; data is that of the Hugging Face hub
 _HASHED_AT_ONCE = 1 << 24  # bytes
 _ALWAYS_HASHED = 64 << 20  # bytes; the digest of a larger file is kept in the cache
@@ -97,6 +101,7 @@ def pattern_shards(pattern: Path) -> tuple[list[Path], Path]:
     odd = next((path for path in found if path.suffix not in SHARD_SUFFIXES), None)
     if odd is not None:
         fix = f"use a pattern for {', '.join(SHARD_SUFFIXES)} files, or pass one table"
+        fix = "decompress it" if odd.suffix in _COMPRESSED else fix
         raise DataError(DataCode.NOT_A_TABLE, f"{odd.name} is not a shard", where=str(pattern), fix=fix)
     root = found[0].parent
     while not all(root in path.parents for path in found):
@@ -120,6 +125,7 @@ def shards_table(
     if len(kinds) > 1:
         what = f"shards have several formats: {', '.join(sorted(kinds))}"
         raise DataError(DataCode.NOT_A_TABLE, what, where=str(paths[0].parent), fix="use shards of one format")
+    _require_all(paths)
     named = {path.relative_to(root).as_posix(): path for path in paths}
     return _tar_table(named, config, advance) if paths[0].suffix == TAR else _arrow_table(named, config, advance)
 
@@ -160,6 +166,26 @@ def _arrow_table(paths: Mapping[str, Path], config: DataConfig, advance: Callabl
     files = ArrowCells(shards, kept_files(config)) if any(shard.file_columns for shard in shards) else None
     batches = lambda: (batch for shard in shards for batch in shard.batches())  # noqa: E731
     return Table(_name([*paths]), digest, rows, files=files, batches=batches)
+
+
+def _require_all(paths: Sequence[Path]) -> None:
+    """Require shards of which all others are there; gives a notice if the numbers of others have a gap.
+
+    Raises:
+        DataError: a name such as ``train-00000-of-00004.parquet`` shows that some are missing.
+    """
+    counted = [match for path in paths if (match := _COUNTED.search(path.name)) is not None]
+    if counted and len(counted) == len(paths) and len({match[2] for match in counted}) == 1:
+        missing = sorted({*range(int(counted[0][2]))} - {int(match[1]) for match in counted})
+        if missing and {int(match[1]) for match in counted} <= {*range(int(counted[0][2]))}:
+            what = f"{several(len(missing), 'shard')} of {int(counted[0][2])} missing, such as number {missing[0]}"
+            raise DataError(DataCode.NO_DATA_FOLDER, what, where=str(paths[0].parent), fix="add it, or use a pattern in --data")
+        return
+    numbers = sorted(int(match[1]) for path in paths if (match := _NUMBERED.search(path.stem)) is not None)
+    if len(numbers) == len(paths) and numbers[-1] - numbers[0] >= len(paths):
+        missing = sorted({*range(numbers[0], numbers[-1])} - {*numbers})
+        what = f"the numbers of the shards {paths[0].name} to {paths[-1].name} have a gap: {missing[0]} is missing"
+        warnings.warn(what, Notice, stacklevel=2)
 
 
 def _name(names: Sequence[str]) -> str:

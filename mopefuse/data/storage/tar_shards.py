@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,7 +126,7 @@ class _Sample:
 
     def names(self, shard: str) -> tuple[dict[str, str], bool]:
         """The name in rows of each file, and whether it is the one in `NAMES`, not that of the member in the shard."""
-        with suppress(ValueError, AttributeError):
+        with suppress(ValueError, AttributeError, RecursionError):
             given = json.loads(self.texts.get("json", "{}")).get(NAMES)
             if isinstance(given, dict) and all(isinstance(given.get(part), str) for part in self.members):
                 return {part: given[part] for part in self.members}, True
@@ -141,11 +141,9 @@ def _scan(path: Path, name: str, stamp: Stamp) -> Shard:
             archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the file is closed)
             for member in archive:
                 _add(member, archive, samples)
-            file.seek(archive.offset)
-            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise tarfile.ReadError("a header is damaged")
+            _require_end(file, archive.offset)
         except tarfile.TarError as error:
-            problem = f"is damaged{f' after {samples[-1].key}' if samples else ''}: {error}"
+            problem = _describe(file, error, samples)
     files: list[tuple[int, int, int]] = []
     lines, content = [], hashlib.sha256(problem.encode())
     for sample in samples:
@@ -169,16 +167,46 @@ def _scan(path: Path, name: str, stamp: Stamp) -> Shard:
 
 
 def _add(member: tarfile.TarInfo, archive: tarfile.TarFile, samples: list[_Sample]) -> None:
-    """Add a member to the last sample, or start the next one."""
-    if not member.isreg():
+    """Add a member to the last sample, or start the next one; hidden files do not count."""
+    if member.isdir() or member.name.rpartition("/")[2].startswith("."):
         return
     key, part = _split_name(member.name)
     if not samples or samples[-1].key != key:
         samples.append(_Sample(key))
-    if part.rpartition(".")[2] in TEXTS and member.size <= _MAX_TEXT:
+    if member.islnk() and member.linkname in archive.getnames():  # tar stores a file with two names once
+        member = archive.getmember(member.linkname)
+    if not member.isreg():
+        samples[-1].problem = f"({key}) has the part {part}, which is a link or a device; store the file itself"
+    elif part.rpartition(".")[2] in TEXTS and member.size <= _MAX_TEXT:
         samples[-1].add_text(part, cast(BinaryIO, archive.extractfile(member)).read())
     elif part:
         samples[-1].members[part] = (member.name, member.offset_data, member.size)
+
+
+def _describe(file: BinaryIO, error: tarfile.TarError, samples: Sequence[_Sample]) -> str:
+    """What is wrong with a file, and how to fix it."""
+    file.seek(0)
+    if not samples and file.read(4)[:2] in (b"\x1f\x8b", b"\x28\xb5", b"BZ", b"\xfd7"):
+        return "is compressed, so that its files cannot be read one by one; decompress it"
+    after = f" after {samples[-1].key}" if samples else ""
+    return f"is damaged{after}: {error}; replace it with the complete file"
+
+
+def _require_end(file: BinaryIO, offset: int) -> None:
+    """Require that an archive ends where its last member does.
+
+    Raises:
+        TarError: the end is missing, or something else follows.
+    """
+    file.seek(offset)
+    end = file.read(tarfile.BLOCKSIZE)
+    if not end:
+        raise tarfile.ReadError("the end of the archive is missing")
+    if end.strip(b"\0"):
+        raise tarfile.ReadError("a header is damaged")
+    while more := file.read(tarfile.RECORDSIZE):
+        if more.strip(b"\0"):
+            raise tarfile.ReadError("another archive follows its end")
 
 
 def _open(path: Path) -> BinaryIO:
@@ -210,24 +238,34 @@ def shard_rows(shard: Shard, first_line: int, config: DataConfig) -> Iterator[Ta
         yield TableRow(line, sample["problem"] or _row(sample, shard, config))
         line += 1
     if shard.problem:
-        yield TableRow(line, f"({shard.name}) {shard.problem}; replace it with the complete file")
+        yield TableRow(line, f"({shard.name}) {shard.problem}")
 
 
 def _row(sample: dict[str, Any], shard: Shard, config: DataConfig) -> dict[str, Any] | str:
-    row: dict[str, Any] = {}
+    cells: list[tuple[str, dict[str, Any]]] = []
     for part, text in sample["texts"].items():
         column, _, kind = part.rpartition(".")
         if kind == "json":
             value = parse_json_line(text.encode())
             if isinstance(value, str):
                 return f"({sample['key']}) has the part {part}, which {value}"
-            row |= {column: value} if column else value
+            cells.append((part, {column: value} if column else value))
         else:
             default = {"cls": config.label_col, "id": config.id_col}.get(kind, config.text_col)
-            row[column or default] = text.strip() if kind in ("cls", "id") else text
-    row.pop(NAMES, None)
+            cells.append((part, {column or default: text.strip() if kind in ("cls", "id") else text}))
+    row: dict[str, Any] = {}
+    for part, found in cells:
+        if repeated := [column for column in found if row.get(column, found[column]) != found[column]]:
+            return f"({sample['key']}) has {repeated[0]} twice, the second time in the part {part}"
+        row |= found
+    files: dict[str, str] = {}
     for part, name in sample["files"].items() if not sample["named"] else ():
         column, _, kind = part.rpartition(".")
-        row[column or (config.img_col if f".{kind}" in IMAGE_SUFFIXES else kind)] = name
+        column = column or (config.img_col if f".{kind}" in IMAGE_SUFFIXES else kind)
+        if column in files:
+            return f"({sample['key']}) has two files for {column}: {files[column]} and {name}"
+        files[column] = name
+    row |= files
+    row.pop(NAMES, None)
     row.setdefault(config.id_col, f"{shard.name.removesuffix(TAR)}/{sample['key']}")
     return row
