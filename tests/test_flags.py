@@ -25,7 +25,7 @@ from mopefuse.config.recipe import resolve
 from mopefuse.config.schema import RunConfig, setting
 from mopefuse.errors import ConfigError
 
-COMMANDS = ("train", "fit", "eval", "predict", "data check", "data preview")
+COMMANDS = ("train", "fit", "eval", "predict", "data check", "data preview", "data pack")
 READING = {"--text-col", "--image-col", "--column", "--id-col", "--image-root"}
 LABELLED = READING | {"--label-col", "--split-col", "--label-sep"}
 CHECKED = LABELLED | {"--labels", "--fold-labels", "--allow-odd-labels", "--val-fraction", "--test-fraction", "--on-missing"}

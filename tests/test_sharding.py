@@ -86,7 +86,7 @@ def test_sharded_runs_equal_whole_ones(
         more = ["--main", "tiny:vision", "--comp", "tiny:text", "--cache-prefix", "on", "--condition", "tokens"]
         more += ["--warm-start", "linear", "--head-features", "all", "--head-hidden", "0"]
     else:
-        runs = {"one": 1, "whole": 2, "sharded-two": 2, "sharded": 4}
+        runs = {"one": 1, "sharded-two": 2, "sharded": 4}
         more = ["--main", specs[1]["timm: vit"], "--comp", specs[1]["hf: bert"], "--comp-tuning", "prompts", "--layers", "all"]
         more += ["--head-features", "all", "--film"]
         more += ["--set", "train.accumulate=2", "--set", "train.checkpoint_activations=true"]

@@ -313,8 +313,8 @@ def test_a_column_of_plain_bytes_has_the_images(kind: str, pairs: Path, tmp_path
         for row in load(pairs).splits["train"].rows
     ]
     types = {"text": arrow.string(), "img": getattr(arrow, kind)(), "label": arrow.bool_(), "md5": arrow.binary()}
-    schema = arrow.schema(types)
-    parquet.write_table(arrow.Table.from_pylist([dict(zip(types, row, strict=True)) for row in rows], schema), tmp_path / "train.parquet")
+    table = arrow.Table.from_pylist([dict(zip(types, row, strict=True)) for row in rows], arrow.schema(types))
+    parquet.write_table(table, tmp_path / "train.parquet")
     found = contents(load(tmp_path))["train"]
     assert [row[3] for row in found] == [row[3] for row in contents(load(pairs))["train"]]
     assert found[0][1:3] == (("true",), {"text": "what is the red digit", "image": "train.parquet/0/img"})

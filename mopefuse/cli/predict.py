@@ -153,7 +153,7 @@ def _check(given: _Rows, out: Path | None, gallery: Path | None) -> None:
     if not path.is_file():
         what, fix = f"file not found: {source}", "pass a table of rows, or - for stdin"
         if path.is_dir():
-            what, fix = f"{source} is a folder", f"pass a table in it, such as {path / 'test.jsonl'}"
+            what, fix = f"{source} is a folder", _table_in(path)
         raise ConfigError(ConfigCode.BAD_PREDICT_INPUT, what, where="predict", fix=fix)
     if path.suffix.lower() in _IMAGES:
         fix = f"write --image {source} --text TEXT"
@@ -271,3 +271,12 @@ def _write(predictions: Iterable[Prediction], out: Path | None, predictor: Predi
             sys.stdout.write(line)
             sys.stdout.flush()
     return done
+
+
+def _table_in(folder: Path) -> str:
+    """How to predict from a folder: one of its tables by name, or all of them."""
+    from mopefuse.data.tables import SUFFIXES
+
+    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    chosen = next((path for path in tables if path.stem.startswith("test")), next(iter(tables), None))
+    return f"pass a table in it, such as {chosen}" if chosen else "pass a table of rows"

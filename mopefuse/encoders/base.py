@@ -255,7 +255,7 @@ class Encoder(nn.Module):
     def tune(self) -> None:
         """Make every parameter trainable."""
         assert not self.is_shared, "other models use the encoder"
-        _quantize.require_float(self, "--tune full")
+        _quantize.require_float(self, "full tuning")
         self.tuned = True
         self.requires_grad_(True)
 
