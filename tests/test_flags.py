@@ -33,6 +33,7 @@ PUBLISHED = {
     "fit": CHECKED | {"--main", "--comp", "--seed", "--device", "--fraction", "--on-bad"},
     "eval": LABELLED | {"--on-missing"},
     "predict": READING,
+    "data pack": LABELLED | {"--on-missing", "--on-bad", "--max-pixels"},
     "data check": CHECKED | {"--max-pixels"},
     "data preview": LABELLED | {"--max-pixels"},
     "train": CHECKED | set(
