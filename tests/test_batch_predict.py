@@ -335,8 +335,11 @@ def test_a_cluster_that_does_not_answer_is_an_error(trained: Path, tables: Path,
 def test_without_the_package_of_a_store_the_extra_is_named(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
+    def import_it(*arguments: object, **options: object) -> None:
+        raise ImportError("Install s3fs to access S3")  # as fsspec says it, which keeps what it has imported
+
+    for name in ("filesystem", "get_filesystem_class"):
+        monkeypatch.setattr(f"fsspec.core.{name}", import_it)
     done = batch(trained, "s3://bucket/*.jsonl", "-o", tmp_path / "out")
     assert done.returncode == 5 and 'pip install "mopefuse[remote]"' in done.stderr
 

@@ -108,7 +108,8 @@ class BatchOptions(NamedTuple):
             raise _error(f"{given[0]} is for many tables", given[0], "add --engine local, or remove the flag")
         urls = [text for text in (*self.inputs, self.out or "") if "://" in text]
         if len(self.inputs) > 1 or urls or any(_has_pattern(text) for text in self.inputs):
-            what = f"{urls[0]} is a URL" if urls else "several tables, or a pattern, are predicted into a folder"
+            pattern = next((f"{text} is a pattern" for text in self.inputs if _has_pattern(text)), "there are several tables")
+            what = f"{urls[0]} is a URL" if urls else f"{pattern}; predictions of several tables are written to a folder"
             raise _error(what, "predict", "add --engine local, and a folder as --out")
         return False
 

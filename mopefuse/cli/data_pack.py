@@ -23,10 +23,10 @@ def pack(
     json: Json = False,
     settings: Settings,
 ) -> None:
-    """Pack a data set into shards, for disks and networks that are slow with many small files.
+    """Pack a data set into shards.
 
-    Training on the shards gives the same rows in the same order, and the same results, as on the folder. Tar files follow
-    WebDataset, Parquet files Hugging Face's images.
+    Disks and networks are slow with many small files. Training on the shards gives the same rows in the same order, and the
+    same results, as on the folder. Tar files follow WebDataset, Parquet files Hugging Face's images.
 
     \b
     Example:
