@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pyarrow as arrow
 import pytest
 from conftest import call
+from pyarrow import parquet
 
 from mopefuse.config.schema import Data
 from mopefuse.data.base import DataSet
@@ -60,6 +62,31 @@ def upload(client: Any, folder: Path, prefix: str) -> str:
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         client.upload_file(str(file), BUCKET, f"{prefix}/{file.relative_to(folder).as_posix()}")
     return f"s3://{BUCKET}/{prefix}"
+
+
+def cut(content: bytes) -> bytes:
+    """The beginning of a file, then zeros."""
+    return content[:60] + bytes(len(content) - 60)
+
+
+def damage_image(folder: Path, kind: str) -> None:
+    """Damage the image train-3.png, in a format that is otherwise whole."""
+    if kind == "folder":
+        broken = folder / "images" / "train-3.png"
+        broken.write_bytes(cut(broken.read_bytes()))
+        return
+    (file,) = folder.glob(f"train-*.{kind}")
+    if kind == "tar":
+        with tarfile.open(file) as archive:
+            member = archive.getmember("00000003.png")
+        content = file.read_bytes()
+        end = member.offset_data + member.size
+        file.write_bytes(content[: member.offset_data] + cut(content[member.offset_data : end]) + content[end:])
+        return
+    table = parquet.read_table(file)
+    rows = table.to_pylist()
+    rows[3]["img"]["bytes"] = cut(rows[3]["img"]["bytes"])
+    parquet.write_table(arrow.Table.from_pylist(rows, schema=table.schema), file)
 
 
 @pytest.fixture(scope="module")

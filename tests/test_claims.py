@@ -354,6 +354,7 @@ CLAIMS: dict[str, dict[str, str]] = {
         "full": "test_remote_data::test_training_on_remote_data_takes_the_course_of_training_on_the_folder "
         "test_remote_data::test_data_workers_read_remote_files test_remote_data::test_remote_files_are_fetched_once "
         "test_remote_data::test_a_remote_image_that_changed_is_read_again "
+        "test_remote_data::test_a_damaged_image_in_a_remote_shard_is_found "
         "test_remote_data::test_rows_cannot_name_files_outside_the_remote_folder "
         "test_remote_data::test_the_rows_of_remote_data_are_a_data_set_of_torch "
         "test_remote_data::test_remote_data_that_do_not_exist_are_an_error",

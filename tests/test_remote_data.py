@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import s3fs
 from conftest import TINY, call, code_of
-from storage_cases import BUCKET, contents, load, losses, packed, upload
+from storage_cases import BUCKET, contents, damage_image, load, losses, packed, upload
 from storage_cases import s3 as s3
 
 import mopefuse
@@ -83,6 +83,16 @@ def test_a_remote_image_that_changed_is_read_again(s3: Any, pairs: Path, tmp_pat
     done = call("data", "check", address, "--json")
     assert done.returncode == 4
     assert "images/train-4.png is not a readable image" in done.stdout
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("kind", FORMATS[1:])
+def test_a_damaged_image_in_a_remote_shard_is_found(kind: str, s3: Any, pairs: Path, tmp_path: Path) -> None:
+    out = packed(pairs, tmp_path / kind, kind)
+    damage_image(out, kind)
+    done = call("data", "check", upload(s3, out, f"damaged-{kind}"))
+    assert done.returncode == 4
+    assert "images/train-3.png is not a readable image" in done.stdout
 
 
 @pytest.mark.process

@@ -15,7 +15,7 @@ import pyarrow as arrow
 import pytest
 from conftest import TINY, call, code_of, write_rows
 from pyarrow import parquet
-from storage_cases import contents, load, losses, packed, write_tar
+from storage_cases import contents, cut, damage_image, load, losses, packed, write_tar
 
 from mopefuse.config.schema import Data
 from mopefuse.data.storage import paths, tar_shards
@@ -175,30 +175,6 @@ def _check(path: Path, *flags: object) -> dict[str, Any]:
     return found
 
 
-def _cut(content: bytes) -> bytes:
-    return content[:60] + bytes(len(content) - 60)
-
-
-def _damage(folder: Path, kind: str) -> None:
-    """Damage the image train-3.png, in a format that is otherwise whole."""
-    if kind == "folder":
-        broken = folder / "images" / "train-3.png"
-        broken.write_bytes(_cut(broken.read_bytes()))
-        return
-    (file,) = folder.glob(f"train-*.{kind}")
-    if kind == "tar":
-        with tarfile.open(file) as archive:
-            member = archive.getmember("00000003.png")
-        content = file.read_bytes()
-        end = member.offset_data + member.size
-        file.write_bytes(content[: member.offset_data] + _cut(content[member.offset_data : end]) + content[end:])
-        return
-    table = parquet.read_table(file)
-    rows = table.to_pylist()
-    rows[3]["img"]["bytes"] = _cut(rows[3]["img"]["bytes"])
-    parquet.write_table(arrow.Table.from_pylist(rows, schema=table.schema), file)
-
-
 @pytest.mark.parametrize("kind", [*FORMATS, "folder"])
 def test_a_damaged_image_is_found_in_every_format(kind: str, pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / kind
@@ -207,7 +183,7 @@ def test_a_damaged_image_is_found_in_every_format(kind: str, pairs: Path, tmp_pa
     else:
         packed(pairs, out, kind)
     assert _check(out)["ok"]
-    _damage(out, kind)
+    damage_image(out, kind)
     (problem,) = (problem for problem in _check(out)["problems"] if problem["severity"] == "error")
     assert "images/train-3.png" in problem["message"]
     assert problem["kind"] == "unreadable-image"
@@ -240,7 +216,7 @@ def test_a_damaged_page_of_parquet_spoils_only_its_rows(pairs: Path, tmp_path: P
     content = file.read_bytes()
     image = (pairs / "images" / "train-3.png").read_bytes()
     assert content.count(image) == 1
-    file.write_bytes(content.replace(image, _cut(image)))
+    file.write_bytes(content.replace(image, cut(image)))
     problems = [problem for problem in _check(out)["problems"] if problem["severity"] == "error"]
     assert len(problems) == 12
     assert {problem["kind"] for problem in problems} == {"unreadable-image"}
