@@ -30,7 +30,7 @@ SENTENCES = ["a photo of two cats", "no", "the quick brown fox jumps over the la
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A language model as it is published: with its head, in bfloat16; its tokenizer pads on the left, if told how."""
+    """A language model as it is published: with its head, in bfloat16, and a tokenizer that would pad on the left."""
     root = tmp_path_factory.mktemp("qwen")
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**QWEN))
     sharpen(model)
@@ -99,7 +99,7 @@ def test_prompt_tokens_have_no_position_so_their_order_has_no_effect(encoder: En
     torch.testing.assert_close(in_order, reversed_, atol=1e-4, rtol=1e-4)
 
 
-def test_texts_are_truncated_to_512_tokens_unless_told_otherwise(encoder: Encoder, folder: Path) -> None:
+def test_texts_are_truncated_to_512_tokens_unless_another_length_is_set(encoder: Encoder, folder: Path) -> None:
     assert encoder.preprocess.describe()["max_tokens"] == 512
     assert create_encoder(f"hf:{folder}?max_tokens=2048").preprocess.describe()["max_tokens"] == 2048
     with pytest.raises(MopefuseError, match="from 2 to 2048"):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as arrow
 import pytest
+from conftest import code_of
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 from storage_cases import load
 
 from mopefuse.config.schema import Data
+from mopefuse.core.error_codes import DataCode
 from mopefuse.data import index_build
 from mopefuse.data.index import Index
 from mopefuse.data.index_build import read_rows
@@ -21,6 +24,7 @@ from mopefuse.data.index_columns import read_columns
 from mopefuse.data.row_store import ArrowRows
 from mopefuse.data.strings import Strings
 from mopefuse.data.tables import find_tables
+from mopefuse.errors import DataError
 from mopefuse.modalities.file_infos import FileInfos
 from mopefuse.modalities.files import FileInfo
 
@@ -137,6 +141,21 @@ def test_an_index_from_the_cache_has_its_rows_on_disk(pairs: Path, tmp_path: Pat
         assert [row.id for row in data.splits["train"].rows] == [f"train-{number}" for number in range(12)]
     assert first.fingerprint() == again.fingerprint()
     assert not [*(tmp_path / "cache" / "index").glob("*.tmp-*")]
+
+
+def test_a_table_that_turns_out_to_be_damaged_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOPEFUSE_CACHE", str(tmp_path / "cache"))
+    config = Data(path=str(write(tmp_path / "rows.parquet", rows(20))))
+    table = find_tables(tmp_path / "rows.parquet", config)[""]
+    assert table.batches is not None
+    whole = [*table.batches()]
+
+    def damaged() -> Iterator[Any]:
+        yield from whole
+        raise DataError(DataCode.PARQUET_DAMAGED, "the file is damaged")
+
+    assert code_of(lambda: read_columns(table._replace(batches=damaged), "train", MODALITIES, config, "")) == "MF-DATA-24"
+    assert [*(tmp_path / "cache" / "index").iterdir()] == []
 
 
 def test_without_a_cache_folder_rows_are_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 torchrun keeps one store for all restarts. A process would find the addresses there that the processes before it had, try to
 connect to them, and fail, which causes the next restart. Each attempt therefore gets a part of the store with a new name, which
-the main process hands out: in reply to a word that the asking process has just made up, so that no reply is mistaken for
+the main process hands out in reply to a token that the requesting process has just drawn, so that no reply is mistaken for
 that of an earlier attempt.
 """
 
@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
-_PAUSE = 0.02  # seconds between two looks for questions
+_PAUSE = 0.02  # seconds between two looks for requests
 
 
 def is_reused() -> bool:
@@ -27,34 +27,34 @@ def join(timeout: timedelta) -> tuple[Store, int, int]:
     """A part of torchrun's store that only the processes of this attempt use; with rank and number of processes.
 
     Raises:
-        RuntimeError: not all processes have asked, or the main process has not replied, before the timeout.
+        RuntimeError: not all processes have joined, or the main process has not replied, before the timeout.
     """
     store, rank, world = next(rendezvous("env://", timeout=timeout))
-    word = uuid4().hex
+    token = uuid4().hex
     if rank == 0:
-        _reply(store, word, world, timeout)
-        return PrefixStore(word, store), rank, world
-    store.set(_question(rank), word)
-    name = store.get(f"mopefuse/reply/{word}").decode()
-    store.add(_heard(name), 1)
+        _reply(store, token, world, timeout)
+        return PrefixStore(token, store), rank, world
+    store.set(_request(rank), token)
+    name = store.get(f"mopefuse/reply/{token}").decode()
+    store.add(_received(name), 1)
     return PrefixStore(name, store), rank, world
 
 
 def _reply(store: Store, name: str, world: int, timeout: timedelta) -> None:
-    """Reply `name` to all questions, also those of earlier attempts, until all other processes have heard it."""
+    """Reply `name` to all requests, also those of earlier attempts, until all other processes have received it."""
     ends = time.monotonic() + timeout.total_seconds()
-    while store.add(_heard(name), 0) < world - 1:
+    while store.add(_received(name), 0) < world - 1:
         if time.monotonic() > ends:
             raise RuntimeError(f"some of {world} processes did not join within {timeout}")
         for rank in range(1, world):
-            if store.check([_question(rank)]):
-                store.set(f"mopefuse/reply/{store.get(_question(rank)).decode()}", name)
+            if store.check([_request(rank)]):
+                store.set(f"mopefuse/reply/{store.get(_request(rank)).decode()}", name)
         time.sleep(_PAUSE)
 
 
-def _question(rank: int) -> str:
-    return f"mopefuse/question/{rank}"
+def _request(rank: int) -> str:
+    return f"mopefuse/request/{rank}"
 
 
-def _heard(name: str) -> str:
-    return f"mopefuse/heard/{name}"
+def _received(name: str) -> str:
+    return f"mopefuse/received/{name}"

@@ -48,15 +48,18 @@ def read_columns(table: Table, split: str, modalities: Sequence[str], config: Da
         return None
     import pyarrow as arrow
 
-    builder = _ColumnBuilder(table.file, split, layout, path)
+    builder, index = _ColumnBuilder(table.file, split, layout, path), None
     try:
         for batch in table.batches():
             builder.add(batch)
-        return builder.build(digest, config)
+        index = builder.build(digest, config)
     except (_NotInColumns, arrow.ArrowInvalid, UnicodeDecodeError):  # texts that are not UTF-8
-        builder.close()
-        path.unlink(missing_ok=True)
         return None
+    finally:  # also if the file turns out to be damaged
+        builder.close()
+        if index is None:
+            path.unlink(missing_ok=True)
+    return index
 
 
 class _ColumnBuilder:
@@ -85,9 +88,9 @@ class _ColumnBuilder:
         count, first = len(batch), self.seen + 1
         self.seen += count
         texts = {name: self._texts(batch, column) for name, column in self.layout.columns.items()}
-        ids = [f"{self.split}-{line}" for line in range(first, first + count)]
-        if self.layout.identity in batch.column_names:
-            ids = self._texts(batch, self.layout.identity)
+        has_ids = self.layout.identity in batch.column_names
+        lines = range(first, first + count)
+        ids = self._texts(batch, self.layout.identity) if has_ids else [f"{self.split}-{line}" for line in lines]
         labels, label_B, odd_B = self._read_labels(batch)
         for listed in (*texts.values(), ids):
             odd_B |= np.fromiter((one is None or not one.strip() for one in listed), dtype=bool, count=count)
@@ -106,7 +109,7 @@ class _ColumnBuilder:
         self.lines.append(kept + first)
         some = _select(ids, kept)
         self.id_hashes.append(np.fromiter(map(hash, some), dtype=np.int64, count=len(some)))
-        if self.layout.identity not in batch.column_names:
+        if not has_ids:
             self.ids.append(Strings.of(some))
         self._write(batch, kept)
 
@@ -174,6 +177,7 @@ class _ColumnBuilder:
         """Complete the file of the rows."""
         if self._writer is not None:
             self._writer.close()
+            self._writer = None
 
     def build(self, digest: str, config: DataConfig) -> Index:
         """The index of all rows that were added.

@@ -29,7 +29,7 @@ from mopefuse.errors import EncoderError
 
 BLOCK = 64  # weights that share a scale in nf4
 _INT8_BLOCK = 32  # and in int8
-_GROUP = 256  # at most so many scales of nf4 share a factor
+_GROUP = 256  # largest number of nf4 scales that share a factor
 _WITHOUT_FP8 = ("mps",)  # types of devices
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopefuse.core.error_codes import DataCode
-from mopefuse.data.storage.paths import ARROW, file_system, is_remote, remote_errors
+from mopefuse.data.storage.paths import ARROW, is_remote, open_remote
 from mopefuse.data.storage.table import TableRow
 from mopefuse.errors import DataError, MopefuseError
 from mopefuse.modalities.file_source import Stamp
@@ -225,10 +225,7 @@ class _BatchReader:
 
 def open_binary(path: Path) -> Any:
     """Open a local or remote file for pyarrow."""
-    if not is_remote(path):
-        return str(path)
-    with remote_errors(path):
-        return file_system(path).open(cast(Any, path).path, "rb")
+    return open_remote(path) if is_remote(path) else str(path)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import has_magic
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from mopefuse.core.dependencies import require
 from mopefuse.core.error_codes import DataCode
@@ -93,6 +93,20 @@ def read_range(path: Path, start: int | None = None, stop: int | None = None) ->
     with path.open("rb") as file:
         file.seek(start or 0)
         return file.read() if stop is None else file.read(stop - (start or 0))
+
+
+def open_remote(path: Path, **options: Any) -> BinaryIO:
+    """Open a remote file for reading.
+
+    Args:
+        options: those of fsspec for reading ahead.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    with remote_errors(path):
+        opened: BinaryIO = file_system(path).open(cast(Any, path).path, "rb", **options)
+        return opened
 
 
 def file_system(path: Path) -> Any:

@@ -28,7 +28,7 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core import cache
 from mopefuse.core.regular_files import open_regular
 from mopefuse.data.storage.name_table import name_key
-from mopefuse.data.storage.paths import TAR, file_system, is_remote, remote_errors
+from mopefuse.data.storage.paths import TAR, is_remote, open_remote
 from mopefuse.data.storage.table import TableRow, parse_json_line
 from mopefuse.modalities.file_source import Stamp
 
@@ -212,9 +212,7 @@ def _require_end(file: BinaryIO, offset: int) -> None:
 def _open(path: Path) -> BinaryIO:
     if not is_remote(path):
         return open_regular(path)
-    with remote_errors(path):
-        opened = file_system(path).open(cast(Any, path).path, "rb", cache_type="readahead", block_size=_READ_AHEAD)
-    return cast(BinaryIO, opened)
+    return open_remote(path, cache_type="readahead", block_size=_READ_AHEAD)
 
 
 def _split_name(name: str) -> tuple[str, str]:

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 from mopefuse.core.dependencies import require
 from mopefuse.core.error_codes import ConfigCode, DataCode, PathCode
 from mopefuse.data.csv_records import Records, delimiter_of
-from mopefuse.data.storage.paths import expand_braces, remote_stamp
+from mopefuse.data.storage.paths import ARROW, TAR, expand_braces, remote_stamp
 from mopefuse.data.storage.table import TableRow, parse_json_line
+from mopefuse.data.tables import SUFFIXES as TABLES
 from mopefuse.data.tables import decode_text
 from mopefuse.errors import ConfigError, DataError, MopefuseError, UnsafePathError
 from mopefuse.inference.batch.storage import FileSystem, full_name, is_local, is_url, open_storage, reading
 
-SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+SUFFIXES = tuple(suffix for suffix in TABLES if suffix not in (TAR, ARROW))
 _MAGIC = {b"\x1f\x8b": "gzip", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\x03\x04": "a zip"}
 _BOM = b"\xef\xbb\xbf"
 _ROWS = 256  # rows that are read from Parquet at a time
