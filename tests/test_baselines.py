@@ -17,6 +17,7 @@ from mopefuse.fusion.mlp_fit import NetworkSettings
 from mopefuse.fusion.regression import FitSettings, Fold
 from mopefuse.fusion.token_reader_fit import Reading, ReadingSettings, fit_reading
 from mopefuse.metrics.significance import difference_in_errors, exceeds_noise
+from mopefuse.tasks.regression import Regression
 
 HOW = FitSettings(2, SINGLE, threshold=0.5, balanced=False, settings=Linear(strengths=(0.01, 1.0)))
 NETWORK = NetworkSettings(hidden=64, dropout=0.0, seed=0)
@@ -126,17 +127,35 @@ def test_multi_label_data_and_class_weights_are_supported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("samples", "best"), [(100, "second"), (10_000, "first")], ids=["within a standard error", "beyond a standard error"]
+    ("error", "best"), [(0.02, "second"), (0.002, "first")], ids=["within a standard error", "beyond a standard error"]
 )
-def test_the_loss_ranks_models_whose_scores_differ_by_noise(samples: int, best: str) -> None:
+def test_the_loss_ranks_models_whose_scores_differ_by_noise(error: float, best: str) -> None:
     values = {"first": (0.92, 0.30), "second": (0.91, 0.28), "third": (0.5, 0.1)}
-    fitted = [scored(name, *scores) for name, scores in values.items()]
-    assert Baselines(fitted, {}, samples, 0, "f1_macro").best.name == best
+    fitted = [scored(name, *scores, error=error) for name, scores in values.items()]
+    assert Baselines(fitted, {}, 100, 0, "f1_macro").best.name == best
 
 
-def scored(name: str, score: float, loss: float, val_S: Tensor | None = None) -> Baseline:
+def test_the_noise_of_a_share_and_of_an_explained_variance_are_those_of_the_samples() -> None:
+    draw = torch.Generator().manual_seed(0)
+    table, noise_S1 = torch.randn(1200, 4, generator=draw), torch.randn(1200, 1, generator=draw)
+    value_S1 = table[:, :1] + noise_S1
+    numbers, last_S = Regression().with_statistics(value_S1.double().numpy()), torch.arange(600)
+    errors = {}
+    for name, labels, task, targets in (("share", 2, SINGLE, (value_S1[:, 0] > 0).long()), ("numbers", 1, numbers, value_S1)):
+        both = Fold({"main": table, "comp": table.flip(1)}, targets)
+        how = FitSettings(labels, task, threshold=0.5, balanced=False, settings=HOW.settings)
+        best = fit_baselines(both, both.rows(last_S), how, None, lambda what, share: None, seed=0).best_simple
+        errors[name] = best.error, best.score, best.val_S.double()
+    error, share, _ = errors["share"]
+    assert error == pytest.approx((share * (1 - share) / 600) ** 0.5)
+    error, variance, score_S = errors["numbers"]
+    assert error == pytest.approx(float(score_S.std(correction=0)) / 600**0.5)
+    assert error > 1.3 * (variance * (1 - variance) / 600) ** 0.5  # which is what it would be for a share
+
+
+def scored(name: str, score: float, loss: float, val_S: Tensor | None = None, error: float = 0.01) -> Baseline:
     val_S = torch.tensor([score]) if val_S is None else val_S
-    return Baseline(name, (torch.zeros(1, 1), torch.zeros(1)), score, loss, val_score=float(val_S.mean()), val_S=val_S)
+    return Baseline(name, (torch.zeros(1, 1), torch.zeros(1)), score, error, loss, val_score=float(val_S.mean()), val_S=val_S)
 
 
 @pytest.mark.parametrize(

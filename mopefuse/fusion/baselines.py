@@ -42,6 +42,7 @@ class Baseline(NamedTuple):
     Attributes:
         name: such as "logistic regression on main".
         score: the selected metric on the held-out samples.
+        error: the standard error of the scores of these samples, see `mopefuse.metrics.tally.Tally.by_sample`.
         loss: the mean loss on them.
         val_score: the selected metric on the validation split.
         val_S: the score of each validation sample.
@@ -50,6 +51,7 @@ class Baseline(NamedTuple):
     name: str
     model: Model
     score: float
+    error: float
     loss: float
     val_score: float
     val_S: Tensor
@@ -152,13 +154,13 @@ class _Comparison:
             actual: targets; default: those of all held-out samples.
         """
         logits_SN, actual = torch.cat(list(parts)), self.actual if actual is None else actual
-        loss = self.how.task.loss(logits_SN, actual).mean()
+        loss = float(self.how.task.loss(logits_SN, actual).mean())
+        score_S = score_by_sample(logits_SN, actual, self.how).double()
+        error = float(score_S.std(correction=0)) / math.sqrt(len(score_S))
         last = slice(-len(self.pairs[-1].out.targets), None)
         val = logits_SN[last], actual[last], self.how
-        found = Baseline(
-            name, model, score(logits_SN, actual, self.how), float(loss), val_score=score(*val), val_S=score_by_sample(*val)
-        )
-        return found, logits_SN
+        scores = {"val_score": score(*val), "val_S": score_by_sample(*val)}
+        return Baseline(name, model, score(logits_SN, actual, self.how), error, loss, **scores), logits_SN
 
     def _widen(self, group: Sequence[str], weights: Weights) -> Weights:
         """Add zero weights for the features of sides that are not in `group`."""
@@ -210,9 +212,8 @@ class Baselines(NamedTuple):
 
         A difference within the noise of the score is decided by the loss, which is less noisy.
         """
-        score = max(one.score for one in self.fitted)
-        error = math.sqrt(max(score * (1 - score), 0.0) / self.samples)
-        return min((one for one in self.fitted if one.score >= score - error), key=lambda one: one.loss)
+        leader = max(self.fitted, key=lambda one: one.score)
+        return min((one for one in self.fitted if one.score >= leader.score - leader.error), key=lambda one: one.loss)
 
     @property
     def trained_from(self) -> Baseline:
