@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 from conftest import call, write_rows
+from storage_cases import write_tar
 
+from mopefuse.config.schema import Data
 from mopefuse.errors import Interrupted
-from mopefuse.inference.batch.inputs import list_files
+from mopefuse.inference.batch.inputs import divide, files_in, list_files, read_rows
 from mopefuse.inference.batch.job import Computer, ModelSource
 from mopefuse.inference.batch.run import BatchSettings, Progress, start
 from mopefuse.inference.predict import input_settings, load
@@ -116,7 +118,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         s3fs.S3FileSystem.clear_instance_cache()
         storage = s3fs.S3FileSystem()
-        storage.mkdir("bucket")
+        storage.makedirs("bucket", exist_ok=True)  # the server keeps it for the next test
         yield storage
     finally:
         server.stop()
@@ -141,3 +143,18 @@ def test_tables_images_and_output_can_be_in_s3(trained: Path, table: Path, tmp_p
     changed = call("predict", trained, "s3://bucket/in/*.jsonl", "-o", "s3://bucket/out", "--engine", "local", "--batch", BATCH,
                    "--partition-rows", ROWS)  # fmt: skip
     assert changed.returncode == 3 and "has changed" in changed.stderr
+
+
+def test_tar_shards_can_be_in_s3(table: Path, tmp_path: Path, bucket: Any) -> None:
+    rows = [json.loads(line) for line in table.read_text().splitlines()][:5]
+    images = [(tmp_path / row["img"]).read_bytes() for row in rows]
+    parts = [{f"{at}.png": image, f"{at}.txt": row["text"]} for at, (row, image) in enumerate(zip(rows, images, strict=True))]
+    shard = write_tar(tmp_path / "x.tar", {name: value for part in parts for name, value in part.items()})
+    bucket.pipe("bucket/in/x.tar", shard.read_bytes())
+    [file] = list_files(["s3://bucket/in/*.tar"])
+    spans = divide(file, 3, ("text", "img", "id"), Data())
+    found = [row.value for span in spans for row in read_rows(file, span, ("text", "img", "id"), Data())]
+    assert [(row["id"], row["text"]) for row in found] == [(f"x/{at}", row["text"]) for at, row in enumerate(rows)]
+    files = files_in(file, Data())
+    assert files is not None
+    assert [files.read(row["img"], where="", what="image") for row in found] == images

@@ -17,6 +17,7 @@ import pyarrow as arrow
 import pytest
 from conftest import call, code_of, write_rows
 from pyarrow import parquet
+from storage_cases import write_tar
 from tasks_of import MULTI, SINGLE
 
 from mopefuse.config.schema import Data
@@ -123,6 +124,45 @@ def test_images_in_parquet_equal_those_in_files(
             )  # fmt: skip
 
 
+@pytest.fixture
+def shards(tables: Path, tmp_path: Path) -> Path:
+    """A folder with two tar shards of the rows of a.jsonl, in the format of WebDataset."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    rows = [json.loads(line) for line in (tables / "a.jsonl").read_text().splitlines()]
+    for name, part in (("x-0.tar", rows[:5]), ("x-1.tar", rows[5:])):
+        members: dict[str, bytes | str] = {}
+        for row in part:
+            members |= {f"{row['id']}.png": (tables / row["img"]).read_bytes(), f"{row['id']}.txt": row["text"]}
+        write_tar(folder / name, members)
+    return folder
+
+
+def test_tar_shards_equal_predict_byte_for_byte(
+    trained: Path, tables: Path, shards: Path, here: SimpleNamespace, tmp_path: Path
+) -> None:
+    done = batch(trained, f"{shards}/x-{{0,1}}.tar", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert here.predicted == ["part-00000-00000", "part-00000-00001", "part-00001-00000"]
+    assert lines_in(tmp_path / "out") == expected(trained, shards, "x-0.tar", "x-1.tar")
+    found, wanted = (
+        [json.loads(line) for line in lines] for lines in (lines_in(tmp_path / "out"), expected(trained, tables, "a.jsonl"))
+    )
+    assert [row["label"] for row in found] == [row["label"] for row in wanted]
+    assert [row["id"] for row in found] == [f"x-{at // 5}/{row['id']}" for at, row in enumerate(wanted)]
+
+
+def test_a_damaged_shard_costs_only_its_own_rows(trained: Path, shards: Path, here: SimpleNamespace, tmp_path: Path) -> None:
+    whole = (shards / "x-1.tar").read_bytes()
+    (shards / "x-1.tar").write_bytes(whole[:2048])
+    done = batch(trained, shards, "-o", tmp_path / "out")
+    assert done.returncode == 4 and "x-1.tar is damaged" in done.stderr and "replace it" in done.stderr, done.stderr
+    assert len(lines_in(tmp_path / "out")) == 5
+    (shards / "x-1.tar").write_bytes(whole)
+    assert batch(trained, shards, "-o", tmp_path / "out").returncode == 0
+    assert lines_in(tmp_path / "out") == expected(trained, shards, "x-0.tar", "x-1.tar")
+
+
 def test_partitions_together_are_the_whole_table(tmp_path: Path) -> None:
     rows = [{"id": str(at), "text": f"a\u2028b, {at}", "img": "x\n.png"} for at in range(11)]
     lines = [json.dumps(row, ensure_ascii=False) + ("\n" if at % 3 else "\r\n\n") for at, row in enumerate(rows)]
@@ -135,9 +175,9 @@ def test_partitions_together_are_the_whole_table(tmp_path: Path) -> None:
             whole = [(line, {key: value for key, value in row.items() if key != "n"}) for line, row in whole]  # type: ignore
         for size in (1, 3, 100):
             file = inputs.list_files([str(tmp_path / name)])[0]
-            spans = inputs.divide(file, size, COLUMNS)
+            spans = inputs.divide(file, size, COLUMNS, Data())
             assert [span.start for span in spans] == list(range(0, len(whole), size))
-            found = [row for span in spans for row in inputs.read_rows(file, span, COLUMNS)]
+            found = [row for span in spans for row in inputs.read_rows(file, span, COLUMNS, Data())]
             assert [(row.line, row.value) for row in found] == whole, (name, size)
 
 
@@ -201,10 +241,10 @@ def test_other_settings_or_inputs_are_refused_until_overwritten(
 def test_a_table_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", [{"id": "1"}] * 4)
     file = inputs.list_files([str(tmp_path / "a.jsonl")])[0]
-    span = inputs.divide(file, 2, COLUMNS)[1]
+    span = inputs.divide(file, 2, COLUMNS, Data())[1]
     for changed in ([{"id": "1"}] * 3, [{"id": "2"}] * 4):
         write_rows(tmp_path / "a.jsonl", changed)
-        assert code_of(lambda: list(inputs.read_rows(file, span, COLUMNS))) == "MF-DATA-09"
+        assert code_of(lambda: list(inputs.read_rows(file, span, COLUMNS, Data()))) == "MF-DATA-09"
 
 
 def test_a_damaged_table_is_reported_and_the_others_are_complete(
@@ -316,9 +356,7 @@ def test_wrong_usage_is_an_error_with_a_fix(trained: Path, tables: Path, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_without_ray_the_extra_is_named(
-    trained: Path, tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_ray_the_extra_is_named(trained: Path, tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     done = batch(trained, tables, "-o", tmp_path / "out", engine="ray")
     assert done.returncode == 5 and 'pip install "mopefuse[ray]"' in done.stderr

@@ -367,7 +367,7 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_batch_engines::test_a_killed_actor_of_ray_is_replaced "
         "test_batch_predict::test_rankings_and_masks_equal_those_of_predict "
         "test_batch_predict::test_a_bundle_predicts_many_tables "
-        "test_batch_engines::test_tables_images_and_output_can_be_in_s3",
+        "test_batch_engines::test_tables_images_and_output_can_be_in_s3 test_batch_engines::test_tar_shards_can_be_in_s3",
     },
     "encoders that are sharded over processes give the same results as whole ones": {
         "quick": "test_sharding::test_one_process_says_that_it_cannot_shard "

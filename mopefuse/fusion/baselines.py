@@ -158,9 +158,9 @@ class _Comparison:
         score_S = score_by_sample(logits_SN, actual, self.how).double()
         error = float(score_S.std(correction=0)) / math.sqrt(len(score_S))
         last = slice(-len(self.pairs[-1].out.targets), None)
-        val = logits_SN[last], actual[last], self.how
-        scores = {"val_score": score(*val), "val_S": score_by_sample(*val)}
-        return Baseline(name, model, score(logits_SN, actual, self.how), error, loss, **scores), logits_SN
+        val_score = score(logits_SN[last], actual[last], self.how)
+        val_S = score_by_sample(logits_SN[last], actual[last], self.how)
+        return Baseline(name, model, score(logits_SN, actual, self.how), error, loss, val_score, val_S), logits_SN
 
     def _widen(self, group: Sequence[str], weights: Weights) -> Weights:
         """Add zero weights for the features of sides that are not in `group`."""

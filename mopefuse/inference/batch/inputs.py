@@ -9,20 +9,25 @@ import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.dependencies import require
-from mopefuse.core.error_codes import ConfigCode, DataCode, PathCode
+from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.data.csv_records import Records, delimiter_of
-from mopefuse.data.storage.paths import ARROW, TAR, expand_braces, remote_stamp
+from mopefuse.data.storage.paths import ARROW, TAR, data_path, expand_braces, remote_stamp, stamp_of
+from mopefuse.data.storage.shards import open_files, shards_table
 from mopefuse.data.storage.table import TableRow, parse_json_line
+from mopefuse.data.storage.tar_shards import open_shard
 from mopefuse.data.tables import SUFFIXES as TABLES
 from mopefuse.data.tables import decode_text
-from mopefuse.errors import ConfigError, DataError, MopefuseError, UnsafePathError
+from mopefuse.errors import ConfigError, DataError, MopefuseError
 from mopefuse.inference.batch.storage import FileSystem, full_name, is_local, is_url, open_storage, reading
+from mopefuse.modalities.file_source import FileSource
 
-SUFFIXES = tuple(suffix for suffix in TABLES if suffix not in (TAR, ARROW))
+SUFFIXES = tuple(suffix for suffix in TABLES if suffix != ARROW)
 _MAGIC = {b"\x1f\x8b": "gzip", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\x03\x04": "a zip"}
 _BOM = b"\xef\xbb\xbf"
 _ROWS = 256  # rows that are read from Parquet at a time
@@ -44,6 +49,11 @@ class InputFile(NamedTuple):
     def name(self) -> str:
         """The name of the file, for messages."""
         return PurePosixPath(self.path).name
+
+    @property
+    def suffix(self) -> str:
+        """The end of its name, which is its format, in lower case."""
+        return PurePosixPath(self.path).suffix.lower()
 
 
 class Span(NamedTuple):
@@ -132,24 +142,26 @@ def _input_file(storage: FileSystem, path: str, info: Mapping[str, Any]) -> Inpu
 # -- partitions
 
 
-def divide(file: InputFile, rows: int, columns: Sequence[str]) -> list[Span]:
+def divide(file: InputFile, rows: int, columns: Sequence[str], config: DataConfig) -> list[Span]:
     """Divide a table into partitions of at most `rows` rows.
 
-    Parquet is divided by its metadata; JSON lines and CSV are read once.
+    Parquet is divided by its metadata; other formats are read once.
 
     Args:
-        columns: those that will be read, by which the delimiter of a CSV file is recognised.
+        columns: those that will be read, by which the delimiter of a CSV file is recognised. config: names of columns.
 
     Raises:
         DataError: it is damaged, is not what its name says, or cannot be read. PackageError: Parquet needs pyarrow.
     """
     storage, path = open_storage(file.path)
-    if file.path.lower().endswith(".jsonl"):
+    if file.suffix == ".jsonl":
         with reading(file.path), storage.open(path, "rb") as lines:
             return _divide_lines(lines, rows, file)
-    if file.path.lower().endswith(".parquet"):
+    if file.suffix == ".parquet":
         with _parquet(storage, path, file) as table:
             count = table.metadata.num_rows
+    elif file.suffix == TAR:
+        count = _count_tar_rows(file)
     else:
         count = sum(1 for _ in _csv_rows(file, columns))
     return [Span(start, min(rows, count - start)) for start in range(0, count, rows)]
@@ -182,25 +194,34 @@ def _refuse_binary(head: bytes, file: InputFile) -> None:
 # -- rows
 
 
-def read_rows(file: InputFile, span: Span, columns: Sequence[str]) -> Iterator[TableRow]:
+def read_rows(file: InputFile, span: Span, columns: Sequence[str], config: DataConfig) -> Iterator[TableRow]:
     """The rows of a partition.
 
     Args:
-        columns: those that are needed; of Parquet, no others are read, if there are all of them.
+        columns: those that are needed; of Parquet, no others are read, if there are all of them. config: names of columns.
 
     Raises:
         DataError: the file is damaged, cannot be read, or has changed since it was divided.
     """
     if identify(file.path) != file:
         raise _changed(file)
-    kind = PurePosixPath(file.path).suffix.lower()
-    rows = _json_rows(file, span) if kind == ".jsonl" else _parquet_rows(file, span, columns) if kind == ".parquet" else None
     count = 0
-    for row in rows if rows is not None else _csv_rows(file, columns, span):
+    for row in _rows_of(file, span, columns, config):
         count += 1
         yield row
     if count != span.rows:
         raise _changed(file)
+
+
+def _rows_of(file: InputFile, span: Span, columns: Sequence[str], config: DataConfig) -> Iterator[TableRow]:
+    if file.suffix == ".jsonl":
+        return _json_rows(file, span)
+    if file.suffix == ".parquet":
+        return _parquet_rows(file, span, columns)
+    if file.suffix == TAR:
+        path = data_path(file.path)
+        return islice(shards_table([path], config, path.parent).rows(), span.start, span.start + span.rows)
+    return _csv_rows(file, columns, span)
 
 
 def _changed(file: InputFile) -> DataError:
@@ -225,7 +246,7 @@ def _csv_text(file: InputFile, columns: Sequence[str]) -> tuple[str, str]:
     with reading(file.path):
         content: bytes = storage.cat_file(path)
     _refuse_binary(content, file)
-    default = "\t" if file.path.lower().endswith(".tsv") else ","
+    default = "\t" if file.suffix == ".tsv" else ","
     return decode_text(content, Path(file.name)), delimiter_of(content, default, columns)
 
 
@@ -253,6 +274,28 @@ def _header(cells: Sequence[str], problem: str, file: InputFile) -> list[str]:
         what = f"the header {problem}" if problem else "a column occurs twice"
         raise DataError(DataCode.BAD_HEADER, what, where=file.path, fix="correct the line with the column names")
     return header
+
+
+# -- tar
+
+
+def _count_tar_rows(file: InputFile) -> int:
+    """Raises: DataError: it is damaged or compressed."""
+    path = data_path(file.path)
+    with reading(file.path):
+        shard = open_shard(path, file.name, stamp_of(path))
+    if shard.problem:
+        what, _, fix = shard.problem.rpartition("; ")
+        raise DataError(DataCode.TABLE_UNREADABLE, f"{file.name} {what}", where=file.path, fix=fix)
+    return sum(1 for _ in shard.samples())
+
+
+def files_in(file: InputFile, config: DataConfig) -> FileSource | None:
+    """The files of a tar shard, and those next to it; None for other formats."""
+    if file.suffix != TAR:
+        return None
+    path = data_path(file.path)
+    return open_files(path, config, [shards_table([path], config, path.parent)])
 
 
 # -- Parquet
@@ -310,54 +353,3 @@ def _parquet_rows(file: InputFile, span: Span, columns: Sequence[str]) -> Iterat
 def _plain(value: Any) -> Any:
     """Integers as text: a column has one type, so integer ids are not a mistake as in JSON."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-# -- files that rows name or contain
-
-
-class Contents:
-    """The files of a table's rows: in a cell, as bytes or ``{"bytes", "path"}``, or next to a table in an object store.
-
-    Args:
-        columns: the column of each modality of files. folder: that of the table, if it is in an object store.
-    """
-
-    def __init__(self, columns: Mapping[str, str], folder: str | None) -> None:
-        self._columns, self._folder = columns, folder
-
-    def take(self, row: TableRow) -> tuple[TableRow, dict[str, bytes]]:
-        """The row with names in place of contents, and the contents by modality."""
-        if not isinstance(row.value, dict):
-            return row, {}
-        cells: dict[str, str | None] = {}
-        contents: dict[str, bytes] = {}
-        for modality, column in self._columns.items():
-            cell = row.value.get(column)
-            name, content = (cell.get("path"), cell.get("bytes")) if isinstance(cell, Mapping) else (None, cell)
-            if isinstance(content, bytes):
-                contents[modality] = content
-                name = str(name or f"{column} of row {row.line}")
-            if isinstance(cell, bytes | Mapping):
-                cells[column] = name
-        return (row._replace(value={**row.value, **cells}), contents) if cells else (row, contents)
-
-    def fetch(self, what: str, name: str, where: str) -> bytes | None:
-        """The content of a file next to the table in an object store; None if the table is on this machine.
-
-        Raises:
-            UnsafePathError: the path leads elsewhere. DataError: it cannot be read.
-        """
-        if self._folder is None:
-            return None
-        if is_url(name) or name.startswith(("/", "\\", "~")) or ".." in PurePosixPath(name).parts or "\0" in name:
-            outside = f"the {what} path is outside the folder of the table"
-            raise UnsafePathError(PathCode.OUTSIDE_ROOT, outside, where=where, fix="use a path relative to the table")
-        storage, path = open_storage(f"{self._folder}/{name}")
-        try:
-            content: bytes = storage.cat_file(path, start=0)  # without a start, s3fs first asks for the size
-            return content
-        except FileNotFoundError:
-            raise DataError(DataCode.FILE_NOT_FOUND, f"{what} not found: {name}", where=where, fix="add the file") from None
-        except Exception as error:  # the libraries of object stores have errors of their own
-            what = f"{name} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            raise DataError(DataCode.FILE_UNREADABLE, what, where=where, fix="make it readable") from None

@@ -23,7 +23,8 @@ from mopefuse.core.dependencies import convert_error
 from mopefuse.data.columns import Layout
 from mopefuse.data.storage.table import TableRow
 from mopefuse.errors import MopefuseError
-from mopefuse.inference.batch.inputs import Contents, read_rows
+from mopefuse.inference.batch.contents import Contents
+from mopefuse.inference.batch.inputs import files_in, read_rows
 from mopefuse.inference.batch.output import Output, Record
 from mopefuse.inference.batch.plan import Partition
 from mopefuse.inference.batch.storage import is_url
@@ -83,9 +84,10 @@ class Reader:
         """The rows of a partition, in their order; an error of the file ends them with a chunk that has it."""
         file, layouts = partition.file, self.layouts()
         folder = file.path.rpartition("/")[0]
-        files = Folders(() if is_url(file.path) else (Path(folder or "/"), *map(Path, self.config.image_roots)))
+        shard = files_in(file, self.config)
+        files = shard or Folders(() if is_url(file.path) else (Path(folder or "/"), *map(Path, self.config.image_roots)))
         columns = {name: layout.columns[name] for layout in layouts for name in layout.columns if name not in layout.in_rows}
-        contents = Contents(columns, folder if is_url(file.path) else None)
+        contents = Contents(columns, folder if is_url(file.path) and shard is None else None)
 
         def pair(found: TableRow) -> Pair:
             row, own = contents.take(found)
@@ -96,7 +98,7 @@ class Reader:
             return make_pair(row, file.name, files, layouts, self.config, fetch)
 
         try:
-            rows = read_rows(file, partition.span, self.columns())
+            rows = read_rows(file, partition.span, self.columns(), self.config)
             with ThreadPoolExecutor(_THREADS) as pool:
                 while group := list(islice(rows, self.batch)):
                     yield self._prepare(list(pool.map(pair, group)))

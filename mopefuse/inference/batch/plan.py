@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core import cache
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode, DataCode
 from mopefuse.errors import CheckpointError, ConfigError, DataError, MopefuseError, error_from_dict
@@ -98,18 +99,24 @@ class Plan:
 
 
 def make_plan(
-    files: Sequence[InputFile], settings: Mapping[str, Any], rows: int, columns: Sequence[str], known: Plan | None = None
+    files: Sequence[InputFile],
+    settings: Mapping[str, Any],
+    rows: int,
+    columns: Sequence[str],
+    config: DataConfig,
+    known: Plan | None = None,
 ) -> Plan:
     """Divide tables into partitions of at most `rows` rows. A table that is damaged becomes a problem of the plan.
 
     Args:
-        columns: those that will be read. known: a plan with the same settings, of some of the same tables.
+        columns: those that will be read. config: names of columns.
+        known: a plan with the same settings, of some of the same tables.
     """
     before = {file: known.spans[file.path] for file in known.files if file.path not in known.problems} if known else {}
 
     def look(file: InputFile) -> Sequence[Span] | MopefuseError:
         try:
-            return before[file] if file in before else divide(file, rows, columns)
+            return before[file] if file in before else divide(file, rows, columns, config)
         except MopefuseError as error:
             if error.exit_code != 4:
                 raise

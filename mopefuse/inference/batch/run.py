@@ -117,8 +117,8 @@ def start(
         ResourceError: a partition killed its workers, or the output cannot be written. Interrupted: by a signal.
     """
     files = settings.files
-    form = settings.format or ("parquet" if all(file.path.lower().endswith(".parquet") for file in files) else "jsonl")
-    if form == "parquet" or any(file.path.lower().endswith(".parquet") for file in files):
+    form = settings.format or ("parquet" if all(file.suffix == ".parquet" for file in files) else "jsonl")
+    if form == "parquet" or any(file.suffix == ".parquet" for file in files):
         require("pyarrow", extra="parquet", what="Parquet")
     model = computer.predictor.model
     if form == "parquet":
@@ -132,7 +132,7 @@ def start(
         old = None
     if old is not None:
         check_same(old, files, facts, settings.out)
-    plan = make_plan(files, facts, settings.rows, job.reader.columns(), old)
+    plan = make_plan(files, facts, settings.rows, job.reader.columns(), job.reader.config, old)
     if old is None or old.as_json() != plan.as_json():
         output.write_plan(plan)
     if old is not None:
