@@ -228,6 +228,7 @@ def test_a_missing_data_set_is_the_usual_error(tmp_path: Path) -> None:
         (line("x").replace('"x"', "1.5"), "wrong-type"),
         (line("x", label=""), "empty-label"),
         (line("x", label=[""]), "empty-label"),
+        (line("x", label=None), "empty-label"),
         (line("\ud800"), "half-character"),
         (line("t1"), "duplicate-id"),
         (line('it\'s \\ "odd"') + "\n" + line('it\'s \\ "odd"'), "duplicate-id"),

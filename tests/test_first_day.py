@@ -99,6 +99,12 @@ def test_a_folder_of_images_alone_is_not_reported_as_empty(pairs: Path, tmp_path
     assert done.returncode == 4 and f"(the folder has no table among {count} files)" in done.stderr
 
 
+def test_a_compressed_shard_is_named_with_its_remedy(tmp_path: Path) -> None:
+    (tmp_path / "train.tar.gz").touch()
+    done = call("train", *TINY, "--data", tmp_path, "--out", tmp_path / "run")
+    assert done.returncode == 4 and "decompress train.tar.gz" in done.stderr
+
+
 def test_predict_on_a_folder_or_an_image_is_an_error_that_names_valid_inputs(trained: Path, pairs: Path) -> None:
     done = call("predict", trained, pairs)
     assert done.returncode == 3 and f"{pairs} is a folder" in done.stderr and str(pairs / "test.jsonl") in done.stderr

@@ -128,7 +128,7 @@ def test_a_split_that_is_not_a_regular_file_is_refused_without_reading_it(tmp_pa
         (line(text=3), "text is a number"),
         (line(text=["t"]), "text is a list"),
         (line(img=None), "img is null"),
-        (line(label=None), "label is null"),
+        (line(label=None), "label is null: the row has no label"),
         (line(label=3), "label is a number"),
         (line(label=False), "label is a boolean"),
         (line(label=["a", 1]), "label is a list, expected a string or a list of strings"),

@@ -196,7 +196,7 @@ _PATTERNS = {  # patterns of messages about bad rows, by kind
     "not-an-object": r"is a \w+, expected an object$",
     "bad-json": r"is not JSON |is nested too deeply|has a number with too many|has a key twice|has -?\w+, which is not JSON",
     "duplicate-id": r"duplicate id .*, first used on line \d+$",
-    "empty-label": r".* is empty$|.* has an empty label$",
+    "empty-label": r".* is empty$|.* has an empty label$|.* is null: the row has no label$",
     "half-character": r".* contains a lone surrogate",
     "wrong-type": r".* is (null|a \w+|an object), expected a string",
 }

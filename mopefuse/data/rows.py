@@ -157,6 +157,8 @@ def _labels(row: Mapping[str, Any], layout: Layout) -> tuple[tuple[str, ...], bo
         return (repr(value),), False, True
     if isinstance(value, list) and value and all(map(_is_number, value)):
         return tuple(map(repr, value)), True, True
+    if value is None:
+        raise InvalidRow(f"{name} is null: the row has no label")
     raise InvalidRow(f"{name} is {_kind(value)}, expected {EXPECTED_LABEL}")
 
 

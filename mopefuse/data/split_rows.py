@@ -13,6 +13,7 @@ from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.core.formatting import several
 from mopefuse.data.base import SPLITS
 from mopefuse.data.index import Index
+from mopefuse.data.storage.paths import COMPRESSED
 from mopefuse.data.subsets import choose_few, hold_out
 from mopefuse.data.tables import SUFFIXES, find_tables, split_column
 from mopefuse.errors import ConfigError, DataError
@@ -101,6 +102,8 @@ def missing_split_hint(name: str, path: Path, config: DataConfig) -> str:
     tables = [item for item in path.iterdir() if item.suffix in SUFFIXES and item.is_file()]
     if len(tables) == 1 and tables[0].stem not in SPLITS:
         return f"pass the table itself: {tables[0]}"
+    if packed := sorted(item.name for item in path.iterdir() if item.name.endswith(COMPRESSED)):
+        return f"decompress {packed[0]}: the files in a compressed shard cannot be read one by one"
     files = sum(1 for _ in path.iterdir())
     no_tables = f"no table among {several(files, 'file')}" if files else "nothing"
     has = f"(the folder has {', '.join(sorted(found)[:8]) or no_tables})"

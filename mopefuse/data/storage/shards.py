@@ -17,6 +17,7 @@ from mopefuse.data.storage.arrow_files import ArrowCells
 from mopefuse.data.storage.arrow_shards import ArrowFile
 from mopefuse.data.storage.byte_cache import ByteCache
 from mopefuse.data.storage.paths import (
+    COMPRESSED,
     SHARD_SUFFIXES,
     TAR,
     data_folder,
@@ -33,7 +34,6 @@ from mopefuse.errors import DataError, Notice
 from mopefuse.modalities.file_source import FileSource, Folders, Joined, Stamp
 
 _SPLIT_NAMES = {"train": "train|training", "val": "val|valid|validation|dev", "test": "test|testing"}
-_COMPRESSED = (".gz", ".tgz", ".zst", ".bz2", ".xz")
 _ANY_SHARD = re.compile(r".+\.(?:tar|parquet|arrow)")
 _UNNAMED = re.compile(r"data-\d+-of-\d+\.arrow")
 _COUNTED = re.compile(r"(\d+)-of-(\d+)\.\w+$")
@@ -101,7 +101,7 @@ def pattern_shards(pattern: Path) -> tuple[list[Path], Path]:
     odd = next((path for path in found if path.suffix not in SHARD_SUFFIXES), None)
     if odd is not None:
         fix = f"use a pattern for {', '.join(SHARD_SUFFIXES)} files, or pass one table"
-        fix = "decompress it" if odd.suffix in _COMPRESSED else fix
+        fix = "decompress it" if odd.name.endswith(COMPRESSED) else fix
         raise DataError(DataCode.NOT_A_TABLE, f"{odd.name} is not a shard", where=str(pattern), fix=fix)
     root = found[0].parent
     while not all(root in path.parents for path in found):
