@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, call, make_pairs, run_cli, write_rows
+from conftest import COUNTS, TINY, call, make_pairs, run_cli, write_rows
 from typer.testing import CliRunner
 
 from mopefuse.cli.app import app
@@ -272,6 +272,21 @@ def test_eval_is_deterministic_and_equals_the_metrics_of_training(trained: Path,
     assert one["metrics"] == json.loads((trained / "metrics.json").read_text())["metrics"]["test"]
     contents = {(tmp_path / f"{i}.jsonl").read_bytes() for i in range(2)}
     assert contents == {(trained / "predictions.jsonl").read_bytes()}
+
+
+def test_eval_on_changed_data_says_so_and_keeps_the_predictions_of_the_run(pairs: Path, tmp_path: Path) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(pairs, data)
+    assert call("train", *TINY, "--method", "linear", "--data", data, "--out", run).returncode == 0
+    before = (run / "predictions.jsonl").read_bytes()
+    assert "have changed" not in call("eval", run).stderr
+    with (data / "test.jsonl").open("a") as table:
+        table.write(json.dumps({"id": "new", "text": "t", "img": "images/test-0.png", "label": "a"}) + "\n")
+    done = call("eval", run, "--json")
+    assert "the test data have changed since the run was trained" in done.stderr
+    assert (run / "predictions.jsonl").read_bytes() == before
+    other = run / "predictions-test-changed.jsonl"
+    assert stdout_json(done)["predictions"] == str(other) and len(other.read_text().splitlines()) == COUNTS["test"] + 1
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -210,3 +210,50 @@ def test_a_model_is_not_evaluated_on_masks_of_another_kind(tmp_path: Path) -> No
 
 def test_a_check_does_not_rank_classes_that_are_in_as_many_masks(tmp_path: Path) -> None:
     assert "most frequent" not in call("data", "check", write_scenes(tmp_path, (0, 1))).stdout
+
+
+# -- prepared from folders
+
+
+def write_source(folder: Path, images: str, masks: str, name: str = "street_{}.png", colours: bool = False) -> Path:
+    """Six images and masks with the classes 0 and 1, as a data set is distributed."""
+    (folder / images).mkdir(parents=True)
+    (folder / masks).mkdir(parents=True)
+    for number in range(6):
+        ids = np.zeros((12, 16), np.uint8)
+        ids[number:, 4:] = 1
+        Image.fromarray(np.full((12, 16, 3), 40 * number, np.uint8)).save(folder / images / name.format(number))
+        mask = Image.fromarray(np.stack([ids, 0 * ids, 0 * ids], axis=-1)) if colours else Image.fromarray(ids)
+        mask.save(folder / masks / name.format(number))
+    return folder
+
+
+def prepared(source: Path, out: Path) -> tuple[Any, set[str]]:
+    """What `data prepare scenes` did, and the texts of the rows."""
+    done = call("data", "prepare", "scenes", source, out)
+    tables = out.glob("*.jsonl")
+    return done, {
+        json.loads(line)["text"] for file in tables if file.stem != "skipped" for line in file.read_text().splitlines()
+    }
+
+
+def test_ids_have_the_names_in_the_file_of_classes(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", "images", "masks")
+    (source / "classes.txt").write_text("grass\ncow\n")
+    done, texts = prepared(source, tmp_path / "out")
+    assert done.returncode == 0 and texts == {"grass", "cow"}, done.stderr
+
+
+@pytest.mark.parametrize(("name", "noticed"), [("street_{}.png", True), ("0016E5_{}.png", False)], ids=["others", "CamVid"])
+def test_ids_without_names_are_those_of_camvid_and_a_notice_says_so(name: str, noticed: bool, tmp_path: Path) -> None:
+    done, texts = prepared(write_source(tmp_path / "source", "train", "trainannot", name), tmp_path / "out")
+    assert done.returncode == 0 and texts == {"sky", "building"}, done.stderr
+    assert ("there is no classes.txt" in done.stderr) == noticed, done.stderr
+
+
+def test_coloured_masks_are_named_as_the_reason(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", "images", "masks", colours=True)
+    (source / "classes.txt").write_text("grass\ncow\n")
+    done, _ = prepared(source, tmp_path / "out")
+    assert done.returncode == 4 and "mask has colours instead of class ids (4)" in done.stderr, done.stderr
+    assert "correct these files" in done.stderr

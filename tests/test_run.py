@@ -390,6 +390,7 @@ def test_an_error_before_the_folder_is_a_run_does_not_block_a_new_run(tmp_path: 
     run.config_file.write_text("half")
     run.abandon()
     run.unlock()
+    assert not [*run.path.iterdir()], "nor any other command that needs an empty folder"
     run.prepare(resume=False, overwrite=False)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
 

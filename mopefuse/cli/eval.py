@@ -126,11 +126,11 @@ def _evaluate(run: Path, options: dict[str, Any], gates: Gates, out: Path | None
     if not distributed.is_main():
         return
     if not json:
-        _print(run, found.split, found.metrics, found.per_label, file)
+        _print(run, found.split, found.metrics, found.per_label, found.predictions)
         check_gates(found.metrics, gates)
         return
     facts = {"run": str(run), "split": split, "metrics": found.metrics, "per_label": found.per_label}
-    _print_gated(found.metrics, gates, {**facts, "predictions": str(file) if file else None})
+    _print_gated(found.metrics, gates, {**facts, "predictions": str(found.predictions) if found.predictions else None})
 
 
 def _predictions_file(run: Path, options: dict[str, Any]) -> Path | None:

@@ -172,7 +172,7 @@ class _Build:
                 DataCode.SOURCE_INCOMPLETE,
                 what,
                 where=str(self.reader.folder.root),
-                fix=f"the folder must contain {self.reader.layout}",
+                fix=f"{'correct these files; ' if most else ''}the folder must contain {self.reader.layout}",
             )
 
     def _check(self, sample: Sample) -> Skip | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mopefuse.config.encoder_sides import Comp
 from mopefuse.config.recipe import saved_config
+from mopefuse.errors import Notice
 from mopefuse.evaluation.bundle_split import bundle_outputs
 from mopefuse.evaluation.outputs import Advance
 from mopefuse.evaluation.scoring import Evaluation, score
@@ -36,7 +38,8 @@ def evaluate(
         run: folder of a run, an adapter or a bundle; adapters and bundles need `data`.
         layout: settings of the section `data` that differ for these data, see `mopefuse.runs.load.with_data_path`.
         main, comp: other specs of the same encoders, see `mopefuse.config.encoder_sides.specs_by_side`.
-        predictions: file to write predictions to, see `mopefuse.tasks.base.Task.prediction_lines`.
+        predictions: file to write predictions to, see `mopefuse.tasks.base.Task.prediction_lines`. The predictions of the run
+            itself are kept if its data have changed since; others are then written next to them.
         advance: progress over files to check, then over samples.
 
     Raises:
@@ -49,6 +52,11 @@ def evaluate(
     opened = open_run(
         folder, split, data, layout=layout, checkpoint=checkpoint, device=device, main=main, comp=comp, advance=advance
     )
+    if data is None and opened.has_changed:
+        what = f"the {split} data have changed since the run was trained, so these are not the results of the run"
+        warnings.warn(what, Notice, stacklevel=2)
+        if predictions == opened.folder.predictions_file:
+            predictions = predictions.with_name(f"predictions-{split}-changed.jsonl")
     outputs = model_outputs(opened.model, opened.data, split, opened.config, opened.device, advance=advance)
     return score(outputs, opened.data, split, opened.thresholds, predictions=predictions)
 

@@ -30,6 +30,7 @@ class Evaluation:
         per_label: precision, recall, F1 and counts of each label, or errors of each target.
         score_S: score of each sample, see `mopefuse.metrics.tally.Tally.by_sample`.
         load_LK: expert weights summed over the split, of a model that routes.
+        predictions: the file that they were written to.
     """
 
     split: str
@@ -37,6 +38,7 @@ class Evaluation:
     per_label: list[dict[str, Any]]
     score_S: Tensor
     load_LK: Tensor | None = None
+    predictions: Path | None = None
 
 
 def score(
@@ -89,7 +91,7 @@ def score(
     for sums in tally.sums() if distributed_outputs else ():
         distributed.sum_over_processes(sums)
     load_LK = outputs.load() if isinstance(outputs, ModelOutputs) else None
-    return Evaluation(split, tally.metrics(), tally.per_label(data.labels), tally.by_sample(), load_LK)
+    return Evaluation(split, tally.metrics(), tally.per_label(data.labels), tally.by_sample(), load_LK, predictions)
 
 
 def score_tuned(outputs: ModelOutputs, data: DataSet, split: str, folder: Path) -> tuple[Evaluation, list[float]]:

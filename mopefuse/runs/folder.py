@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,8 @@ class RunFolder:
         if self._lock.is_ours() and not self.manifest_file.exists():
             self.config_file.unlink(missing_ok=True)
             self.drop_initial_weights()
+            with suppress(OSError):  # it has files of someone else
+                self.checkpoints.rmdir()
 
     def _require_owned(self) -> None:
         """Refuse to write to a folder that was removed, or that another process has taken over."""

@@ -60,6 +60,11 @@ class OpenRun(Loaded):
     split: str
     device: torch.device
 
+    @property
+    def has_changed(self) -> bool:
+        """Whether the split is not the one that the run was trained with."""
+        return bool(self.manifest["data"].get(self.split) != self.data.fingerprint()[self.split])
+
 
 def open_run(
     path: str | Path,

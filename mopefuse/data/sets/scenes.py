@@ -7,20 +7,24 @@ Recognition Letters 30, 2009. The 11 classes and the folders ``train``, ``traina
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
 from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.error_codes import DataCode
 from mopefuse.data._source_files import SourceFolder
 from mopefuse.data.prepare import Option, Sample, Skip, Source
 from mopefuse.data.subsets import random_order
-from mopefuse.errors import DataError
+from mopefuse.errors import DataError, Notice
 from mopefuse.modalities.masks import MASKS, ids_in
 
 CAMVID = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
 )  # fmt: skip
+_SEQUENCES = re.compile(r"(0001TP|0006R0|0016E5|Seq05VD)_")  # how the names of CamVid's files begin
 SPLITS = ("train", "val", "test")
 _SHARES = {"val": 0.1, "test": 0.2}  # held out by the seed, if nothing names the splits
 _MASKS = ("masks", "labels", "annotations")
@@ -68,14 +72,19 @@ class Scenes(Source):
         for name in _NAMES:
             if self.folder.path(name) is not None:
                 return tuple(line.decode("utf-8", "replace").strip() for _, line in self.folder.lines(name))
-        if self.folder.names("trainannot"):
+        if masks := self.folder.names("trainannot"):
+            if not all(map(_SEQUENCES.match, masks)):
+                named = ", ".join(f"{number} {name}" for number, name in enumerate(CAMVID[:3]))
+                what = f"there is no classes.txt, so class ids are taken for those of CamVid ({named}, ...)"
+                what += "; if they are not, write the names of yours to classes.txt, one per line"
+                warnings.warn(what, Notice, stacklevel=2)
             return CAMVID
         raise self.incomplete("classes.txt")
 
     def _find_pairs(self, split: str) -> list[tuple[str, str]]:
         """Images of a split, each with its mask, sorted by name."""
         masks = next((name for name in _MASKS if self.folder.names(name)), "")
-        places = [(split, f"{split}annot"), (f"images/{split}", f"{masks}/{split}")]
+        places = [(split, f"{split}annot"), *([(f"images/{split}", f"{masks}/{split}")] if masks else [])]
         for images, own_masks in places:
             if self.folder.names(own_masks):
                 return self._match(images, own_masks)
@@ -118,8 +127,9 @@ class Scenes(Source):
                 continue
             try:
                 info = MASKS.inspect(self.folder.read(mask), mask, DataConfig())
-            except DataError:
-                yield Skip("mask cannot be read", mask)
+            except DataError as error:
+                coloured = error.number == DataCode.MASK_WITH_COLOURS
+                yield Skip("mask has colours instead of class ids" if coloured else "mask cannot be read", mask)
                 continue
             if self.options["whole"]:
                 yield Sample(id=stem, text=", ".join(self.labels), img=image, label=mask, file=mask)
