@@ -104,9 +104,11 @@ def train(config: RunConfig, out: str | Path, *, resume: bool = False, overwrite
     Raises:
         MopefuseError: an invalid setting, data, encoder or folder; see docs/errors.md.
     """
+    from mopefuse.config.schema import check_is_config
     from mopefuse.core.argument_names import python_names
     from mopefuse.training.train import train as train_run
 
+    check_is_config(config)
     with python_names():
         return train_run(config, Path(out), resume=resume, overwrite=overwrite)
 

@@ -406,3 +406,19 @@ def test_every_code_block_of_the_page_runs(pairs: Path, tmp_path: Path, monkeypa
 def test_the_page_lists_every_public_name() -> None:
     for name in set(mopefuse.__all__) - {"__version__"}:
         assert f"`{name}`" in PAGE, name
+
+
+def test_arguments_of_another_kind_are_errors_that_name_the_right_one(trained: Path, tmp_path: Path) -> None:
+    for call_it, fix in (
+        (lambda: mopefuse.train({"main": "tiny:vision"}, tmp_path / "run"), "pass mopefuse.build_config"),  # type: ignore[arg-type]
+        (lambda: mopefuse.build_config("recipe.yaml"), 'write {"main"'),  # type: ignore[arg-type]
+        (
+            lambda: mopefuse.load(trained, device="cpu").predict([Image.new("RGB", (16, 16))]),
+            "pass texts too, one for each sample",
+        ),
+    ):
+        with pytest.raises(MopefuseError) as caught:
+            call_it()
+        assert fix in caught.value.fix
+    with pytest.raises(ConfigError, match="data: got 'here'; needs a mapping of its settings"):
+        mopefuse.build_config({"main": "tiny:vision", "comp": "tiny:text", "data": "here"})

@@ -56,13 +56,55 @@ def test_for_one_missing_image_the_fix_is_to_add_it(data: Path) -> None:
     (data / "images" / "train-3.png").unlink()
     refused = plan(data)
     assert "image not found: images/train-3.png" in refused.stderr and "fix: add the file" in refused.stderr
-    assert "or add --on-bad skip to leave the row out" in refused.stderr
+    assert "or add --on-bad skip --set data.max_bad_fraction=0.09 to leave the row out" in refused.stderr
+    assert plan(data, "--on-bad", "skip", "--set", "data.max_bad_fraction=0.09").returncode == 0
+    assert "data.max_bad_fraction=0.09 to leave the row out" in plan(data, "--on-bad", "skip").stderr
 
 
 def test_eval_does_not_suggest_a_setting_that_it_has_no_flag_for(data: Path, trained: Path) -> None:
     (data / "images" / "test-3.png").unlink()
     refused = call("eval", trained, "--data", data)
     assert "image not found: images/test-3.png" in refused.stderr and refused.stderr.rstrip().endswith("fix: add the file")
+    (data / "images" / "train-3.png").unlink()
+    refused = call("eval", trained, "--data", data, "--split", "train")
+    assert "image not found: images/train-3.png" in refused.stderr and refused.stderr.rstrip().endswith("fix: add the file")
+
+
+@pytest.mark.parametrize("which", ["all", "one"])
+@pytest.mark.parametrize(
+    ("change", "fix"),
+    [
+        ({"train-": "TRAIN-"}, "the folder has train-0.png: check upper and lower case"),
+        ({"/": "\\"}, "write images/train-0.png, with / in place of \\"),
+    ],
+    ids=["case", "backslashes"],
+)
+def test_paths_that_are_spelt_differently_are_named(data: Path, change: dict[str, str], fix: str, which: str) -> None:
+    rows = rows_of(data, "train")
+    for row in rows if which == "all" else rows[:1]:
+        for old, new in change.items():
+            row["img"] = row["img"].replace(old, new)
+    write_rows(data / "train.jsonl", rows)
+    assert f"fix: {fix}" in plan(data).stderr
+    assert check(data)["problems"][0]["hint"] == fix
+
+
+def test_texts_in_place_of_paths_name_the_flag_of_the_column(data: Path) -> None:
+    rows = [{**row, "img": f"shoe no {number}", "text": row["img"]} for number, row in enumerate(rows_of(data, "train"))]
+    write_rows(data / "train.jsonl", rows)
+    assert "fix: these are texts, not paths; name the column of the paths with --image-col NAME" in plan(data).stderr
+
+
+def test_each_problem_is_listed_with_its_own_remedy(data: Path) -> None:
+    rows = rows_of(data, "train")
+    rows[0]["img"], rows[1]["img"] = "images/TRAIN-0.png", "images\\train-1.png"
+    write_rows(data / "train.jsonl", rows)
+    lines = call("data", "check", data).stdout.splitlines()
+    assert any(
+        line.startswith("error: ") and line.endswith("(the folder has train-0.png: check upper and lower case)")
+        for line in lines
+    )
+    assert any(line.endswith("(write images/train-1.png, with / in place of \\)") for line in lines)
 
 
 def test_predict_without_any_images_is_an_error_with_the_flag(trained: Path, pairs: Path, tmp_path: Path) -> None:

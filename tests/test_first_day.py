@@ -124,3 +124,35 @@ def test_a_folder_is_refused_as_an_output_file(trained: Path, pairs: Path, tmp_p
         done = call(*command, tmp_path)
         assert (done.returncode, f"{tmp_path} is a folder" in done.stderr) == (3, True), done.stderr
         assert call(*command, tmp_path / "new" / f"{command[0]}.html").returncode == 0
+
+
+def test_a_table_and_a_model_in_the_wrong_order_are_noticed(trained: Path, pairs: Path) -> None:
+    done = call("predict", pairs / "test.jsonl", trained)
+    assert (
+        done.returncode == 3 and f"fix: write the model first: mopefuse predict {trained} {pairs / 'test.jsonl'}" in done.stderr
+    )
+
+
+def test_a_folder_as_gallery_is_not_reported_as_missing(trained: Path, pairs: Path) -> None:
+    done = call("predict", trained, "--gallery", pairs, "--text", "x")
+    assert done.returncode == 3 and f"{pairs} is a folder" in done.stderr
+
+
+@pytest.mark.parametrize("method", ["main-onli", "lineer"])
+def test_a_misspelt_method_is_reported_before_a_missing_encoder(method: str, pairs: Path, tmp_path: Path) -> None:
+    done = call("train", "--main", "tiny:vision", "--method", method, "--data", pairs, "--out", tmp_path / "run")
+    assert done.returncode == 3 and f"unknown fusion method '{method}'" in done.stderr and "did you mean" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("gate", "code", "fix"),
+    [
+        ("f1=0.9", 3, "did you mean f1_macro, f1_micro, f1_samples?"),
+        ("accuracy=98", 10, "write accuracy=0.98, as accuracy is at most 1"),
+    ],
+)
+def test_a_gate_that_cannot_be_meant_names_the_one_that_is(
+    gate: str, code: int, fix: str, trained: Path, tmp_path: Path
+) -> None:
+    done = call("eval", trained, "--min", gate, "--out", tmp_path / "predictions.jsonl")
+    assert done.returncode == code and fix in done.stderr

@@ -43,14 +43,14 @@ def show(report: Report, folder: Path, page: Path | None) -> None:
             for kind, found in groups.items()
         ]
         table("problems", ["kind", "severity", "count", "first", "what to do"], rows, left=(0, 1, 3, 4))
-    _list({kind: found for kind, found in groups.items() if kind not in _ABOUT_LABELS})
+    _list(report, {kind: found for kind, found in groups.items() if kind not in _ABOUT_LABELS})
     console.print()
     if report.numbers:
         _show_numbers(report)
     elif has_labels(report.config):
         _show_labels(report)
     about_labels = {kind: found for kind, found in groups.items() if kind in _ABOUT_LABELS}
-    _list(about_labels, "suspicious labels:")
+    _list(report, about_labels, "suspicious labels:")
     console.print()
     _show_texts(report)
     console.print()
@@ -60,8 +60,8 @@ def show(report: Report, folder: Path, page: Path | None) -> None:
     console.print(f"{several(report.errors, 'error')}, {several(report.warnings, 'warning')}", markup=False)
 
 
-def _list(groups: Mapping[str, Sequence[Finding]], heading: str = "") -> None:
-    """Print the first findings of each kind, one per line."""
+def _list(report: Report, groups: Mapping[str, Sequence[Finding]], heading: str = "") -> None:
+    """Print the first findings of each kind, one per line, with what to do if that is not the same for all of the kind."""
     console = out()
     if groups:
         console.print()
@@ -69,7 +69,8 @@ def _list(groups: Mapping[str, Sequence[Finding]], heading: str = "") -> None:
         console.print(heading, style="bold", markup=False)
     for kind, found in groups.items():
         for finding in found[:_MAX_OF_A_KIND]:
-            text = f"{finding.severity}: {visible(finding.place)}: {visible(finding.message)}"
+            own = f" ({visible(finding.fix)})" if finding.fix != report.fix(finding.kind) else ""
+            text = f"{finding.severity}: {visible(finding.place)}: {visible(finding.message)}{own}"
             console.print(text, style=_COLOURS[finding.severity], markup=False)
         if len(found) > _MAX_OF_A_KIND:
             rest = len(found) - _MAX_OF_A_KIND

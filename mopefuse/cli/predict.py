@@ -79,7 +79,7 @@ def predict(
         return tables.predict_tables(many, how, settings)
     given = _Rows(inputs[0] if inputs else None, image, text)
     file = None if out is None else Path(out)
-    _check(given, file, gallery)
+    _check(given, file, gallery, run)
     _predict_rows(given, file, how, strict, settings)
 
 
@@ -126,10 +126,11 @@ def _mask_writer(predictor: Predictor, out: Path | None) -> MaskWriter | None:
     return MaskWriter(out.with_name(f"{out.stem}-masks"), predictor.model.labels)
 
 
-def _check(given: _Rows, out: Path | None, gallery: Path | None) -> None:
+def _check(given: _Rows, out: Path | None, gallery: Path | None, run: Path) -> None:
     """Refuse input that is missing or of the wrong kind, and a file that cannot be written, before torch is imported."""
     from mopefuse.core.atomic_files import check_file
     from mopefuse.errors import ConfigError
+    from mopefuse.runs.locate import get_kind
 
     source = given.source
     if (source is None) == (given.image is None and given.text is None):
@@ -145,15 +146,17 @@ def _check(given: _Rows, out: Path | None, gallery: Path | None) -> None:
     if out is not None:
         check_file(out)
     if gallery is not None and not gallery.is_file():
-        fix = "pass a table of the rows to rank"
-        raise ConfigError(ConfigCode.BAD_PREDICT_INPUT, f"file not found: {gallery}", where="--gallery", fix=fix)
+        what = f"{gallery} is a folder" if gallery.is_dir() else f"file not found: {gallery}"
+        raise ConfigError(ConfigCode.BAD_PREDICT_INPUT, what, where="--gallery", fix="pass a table of the rows to rank")
     if source is None or source == "-":
         return
     path = Path(source)
     if not path.is_file():
         what, fix = f"file not found: {source}", "pass a table of rows, or - for stdin"
         if path.is_dir():
-            what, fix = f"{source} is a folder", _table_in(path)
+            swapped = get_kind(path) and run.is_file()
+            fix = f"write the model first: mopefuse predict {source} {run}" if swapped else _table_in(path)
+            what = f"{source} is a folder"
         raise ConfigError(ConfigCode.BAD_PREDICT_INPUT, what, where="predict", fix=fix)
     if path.suffix.lower() in _IMAGES:
         fix = f"write --image {source} --text TEXT"

@@ -39,6 +39,7 @@ _NEEDS = {  # type of a pydantic error to what the setting needs
     "list_type": "a list",
     "too_short": "at least {min_length} value",
     "dict_type": "a mapping",
+    "model_type": "a mapping of its settings",
 }
 
 

@@ -15,13 +15,16 @@ from pydantic.fields import FieldInfo
 from mopefuse.config import method_settings as methods
 from mopefuse.config.data_section import COLUMN_SETTINGS as COLUMN_SETTINGS
 from mopefuse.config.data_section import Data as Data
-from mopefuse.config.messages import field_at, invalid_settings_error, keys_in
+from mopefuse.config.messages import field_at, invalid_settings_error, keys_in, shortened
 from mopefuse.config.method_defaults import defaults_of, without_idle_side
 from mopefuse.config.section import MAX_TOKENS as _MAX_TOKENS
 from mopefuse.config.section import WIDEST as _WIDEST
 from mopefuse.config.section import Section
 from mopefuse.config.setting_paths import merge
 from mopefuse.config.train_section import Train as Train
+from mopefuse.core.error_codes import ConfigCode
+from mopefuse.core.registry import FUSION, check_name
+from mopefuse.errors import ConfigError
 
 Layers = Annotated[str | tuple[int, ...], Field(union_mode="left_to_right")]
 
@@ -212,12 +215,29 @@ def build_config(
     Raises:
         ConfigError: every problem at once, each with its path; unknown keys with the nearest known one.
     """
+    if not isinstance(values, Mapping):
+        what = f"settings are {shortened(values)}, expected a dictionary"
+        raise ConfigError(ConfigCode.INVALID_SETTINGS, what, where="build_config", fix='write {"main": "hf:minilm", ...}')
     values = without_idle_side(values)
     values = values if saved else merge(defaults_of(values), values)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
+        if isinstance(method := values.get("method"), str) and "comp" not in values:
+            check_name(FUSION, method)  # a misspelt method may be one that needs no other encoder
         raise invalid_settings_error(error, RunConfig, values, source, names or {}) from None
+
+
+def check_is_config(config: object) -> None:
+    """Check that an argument is a configuration.
+
+    Raises:
+        ConfigError: it is something else, such as a dictionary.
+    """
+    if not isinstance(config, RunConfig):
+        what = f"config is {shortened(config)}, expected a RunConfig"
+        fix = 'pass mopefuse.build_config({"main": SPEC, "comp": SPEC, "data": {"path": DIR}})'
+        raise ConfigError(ConfigCode.INVALID_SETTINGS, what, where="train", fix=fix)
 
 
 WITHOUT_EFFECT = frozenset(

@@ -265,6 +265,16 @@ def load(group: str, name: str) -> Any:
     return _load_plugin(points[0])
 
 
+def check_name(group: str, name: str) -> None:
+    """Check that a name exists; imports nothing.
+
+    Raises:
+        ConfigError: see `load`.
+    """
+    if not find_candidates(group, name):
+        raise _unknown(group, name)
+
+
 def _unknown(group: str, name: str) -> MopefuseError:
     owner, is_full, plain = name.rpartition(":")
     near, installed = did_you_mean(name, shortest_names(group)), version_of(owner) if is_full else ""

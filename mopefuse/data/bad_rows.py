@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,12 +20,12 @@ from mopefuse.modalities.masks import any_png, file_kind
 _MAX_LISTED = 20
 
 
-def skip_bad_rows(index: Index, source: FileSource, root: Path, config: DataConfig, *, training: bool) -> tuple[Problem, ...]:
+def skip_bad_rows(index: Index, source: FileSource, root: Path, config: DataConfig, *, may_skip: bool) -> tuple[Problem, ...]:
     """Find the bad rows that may be skipped.
 
     Args:
         source: where the files are. root: the data folder, for messages.
-        training: whether the data are read for training, whose commands can set `data.on_bad`.
+        may_skip: whether the user can set `data.on_bad`, for messages.
 
     Raises:
         DataError: there are bad rows, and they may not be skipped or are too many.
@@ -47,16 +48,24 @@ def skip_bad_rows(index: Index, source: FileSource, root: Path, config: DataConf
         if len(problems) <= config.max_bad_fraction * total:
             return tuple(problems)
         what = f"{len(problems)} of {total} rows are bad; at most a fraction of {config.max_bad_fraction:g} may be skipped"
-        fix = "correct them, or raise data.max_bad_fraction"
+        fix = f"correct them{_allow(len(problems), total, config)}"
         raise DataError(DataCode.TOO_MANY_BAD_ROWS, f"{what}: {_join(problems)}", where=where, fix=fix)
     shown = unsafe or problems
     first = shown[0]
     if len(problems) == 1 and first.file:
-        skip = ", or add --on-bad skip to leave the row out" if training and not unsafe else ""
+        skip = _allow(1, total, config, "--on-bad skip") if may_skip and not unsafe else ""
         raise data_error(first.code, first.what, where=first.where, fix=f"{first.fix}{skip}")
     code = first.code if len({problem.code for problem in shown}) == 1 else DataCode.BAD_ROW.text
     fix = first.fix if unsafe else f"{_common_fix(problems)}; mopefuse data check --json lists all"
     raise data_error(code, f"{several(len(shown), 'bad row')}: {_join(shown)}", where=where, fix=fix)
+
+
+def _allow(bad: int, total: int, config: DataConfig, flag: str = "") -> str:
+    """How to leave out some bad rows, with a flag and the fraction that must be allowed; empty if all are bad."""
+    share = math.ceil(100 * bad / total) / 100
+    more = f"--set data.max_bad_fraction={share:g}" if bad > config.max_bad_fraction * total else ""
+    flags = " ".join(filter(None, (flag, more)))
+    return f", or add {flags} to leave {'the row' if bad == 1 else 'them'} out" if share < 1 else ""
 
 
 def _join(problems: Sequence[Problem]) -> str:

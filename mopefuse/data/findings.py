@@ -14,12 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mopefuse.core.formatting import several
+from mopefuse.data.columns import flag_for
 from mopefuse.data.index import FileValues, Index
 from mopefuse.errors import DataError
 from mopefuse.modalities.file_source import FileSource
 from mopefuse.modalities.files import Files
 from mopefuse.modalities.masks import NAME as MASK
 from mopefuse.modalities.masks import any_png, file_kind
+
+_TEXT = re.compile(r"(?!.*\.\w{2,5}$).* .*", re.DOTALL)  # words, without the end of the name of a file
+_LOOKED_AT = 20  # names of files
 
 
 class Kind(NamedTuple):
@@ -238,6 +242,8 @@ def fix_of_missing(name: str, source: FileSource, files: FileValues) -> str:
     """What to do if no file of a modality, or no mask, exists."""
     if name == MASK and not any_png(files.names):
         return "name the column of the masks with --label-col"
+    if all(map(_TEXT.fullmatch, files.names[:_LOOKED_AT])):
+        return f"these are texts, not paths; name the column of the paths with {flag_for(name, 'NAME')}"
     return source.hint(files.names)
 
 

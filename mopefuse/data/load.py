@@ -45,12 +45,14 @@ def load_data(
     config: DataConfig,
     *,
     require: tuple[str, ...] = ("train", "val"),
+    may_skip: bool = True,
     advance: Advance = lambda done, total: None,
 ) -> DataSet:
     """Load and validate the data set that `config` describes: every row is valid, every image or other file can be decoded.
 
     Args:
         require: splits that must exist; others are read if they exist.
+        may_skip: whether the user can set `data.on_bad`, for messages.
         advance: called with (files read, files to read) while the index is built.
 
     Raises:
@@ -65,7 +67,8 @@ def load_data(
     folder = data_folder(path)
     indexes, files = read_indexes(config, require, advance=advance)
     training = "train" in require and "train" in indexes
-    skipped = {name: skip_bad_rows(index, files, folder, config, training=training) for name, index in indexes.items()}
+    skippable = training and may_skip
+    skipped = {name: skip_bad_rows(index, files, folder, config, may_skip=skippable) for name, index in indexes.items()}
     task = infer_task(indexes, config, classes_are_listed=labels_file(folder, config) is not None)
     if task.label_kind == "number":
         indexes, odd = without_bad_numbers(indexes, config)

@@ -36,7 +36,9 @@ def _parse(texts: Sequence[str], flag: str) -> dict[str, float]:
     for text in texts:
         name, _, value = text.partition("=")
         if name not in known:
-            raise ConfigError(ConfigCode.UNKNOWN_METRIC, f"unknown metric {name!r}", where=flag, fix=did_you_mean(name, known))
+            near = [one for one in known if one.startswith(f"{name}_")]  # f1 for f1_macro
+            fix = f"did you mean {', '.join(near[:3])}?" if near else did_you_mean(name, known)
+            raise ConfigError(ConfigCode.UNKNOWN_METRIC, f"unknown metric {name!r}", where=flag, fix=fix)
         wanted = "--max" if name in LOWER_IS_BETTER else "--min"
         if wanted != flag:
             better = "less" if wanted == "--max" else "more"
@@ -67,4 +69,6 @@ def check_gates(found: Mapping[str, float], gates: Gates) -> None:
             if not (found[name] >= limit if flag == "--min" else found[name] <= limit):
                 what = f"{name} is {found[name]:.4f}, {word} {limit:g}"
                 fix = f"train longer, or {'lower' if flag == '--min' else 'raise'} the threshold"
+                if flag == "--min" and 1 < limit <= 100:  # in per cent
+                    fix = f"write {name}={limit / 100:g}, as {name} is at most 1"
                 raise GateError(GateCode.METRIC_TOO_LOW, what, where=flag, fix=fix)

@@ -113,6 +113,8 @@ class Folders(FileSource):
     def hint(self, names: Sequence[str]) -> str:
         """See `FileSource.hint`; suggests a folder nearby that has the files."""
         data = self.roots[0]
+        if similar := _spelling_hint(data / names[0], names[0]):
+            return similar
         nearby = [data.parent, *(folder for parent in (data, data.parent) for folder in _folders(parent))]
         for folder in nearby:
             if all(os.path.isfile(folder / name) for name in names[:3]):
@@ -192,7 +194,7 @@ def regular_file(path: Path, name: str, *, where: str, what: str) -> Path:
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
-        fix = _case_hint(path) or "add the file"
+        fix = _spelling_hint(path, name) or "add the file"
         raise DataError(DataCode.FILE_NOT_FOUND, f"{what} not found: {name}", where=where, fix=fix) from None
     if not stat.S_ISREG(mode):
         article = "an" if what[:1] in "aeiou" else "a"
@@ -232,8 +234,11 @@ def _outside_root(where: str, what: str) -> UnsafePathError:
     return UnsafePathError(PathCode.OUTSIDE_ROOT, f"the {what} path is outside the data folder", where=where, fix=fix)
 
 
-def _case_hint(path: Path) -> str:
-    """Suggest a file whose name differs only in case."""
+def _spelling_hint(path: Path, name: str) -> str:
+    """Suggest a file whose name differs only in case, or a path with other slashes."""
+    backslash = "\\"
+    if backslash in name and os.path.isfile(str(path).replace(backslash, "/")):
+        return f"write {name.replace(backslash, '/')}, with / in place of {backslash}"
     try:
         names = os.listdir(path.parent)
     except (OSError, ValueError):

@@ -115,7 +115,7 @@ def load_split(
     Raises:
         DataError: no such split, bad rows, or labels that the model was not trained for.
     """
-    data = load_data(config, require=(split,) if split else (), advance=advance)
+    data = load_data(config, require=(split,) if split else (), may_skip=False, advance=advance)
     if split is None:
         split = next((name for name in ("test", "val") if name in data.splits), None)
     if split is None:  # one table without splits counts as test; otherwise the error names what is missing

@@ -185,7 +185,7 @@ def _same_run(folder: RunFolder, prepared: Prepared, facts: dict[str, Any]) -> d
     if any(facts[key] != value for key, value in found.items()):
         what = "the data have changed since the run began"
         fix = "restore the data, or start a new run with a different --out"
-        raise DataError(DataCode.DATA_CHANGED, what, where=prepared.config.data.path, fix=fix)
+        raise DataError(DataCode.DATA_CHANGED, what, where=str(prepared.config.data.path), fix=fix)
     check_encoders(prepared.model, facts, where=str(folder.path))
     return facts
 

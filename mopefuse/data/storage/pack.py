@@ -62,7 +62,7 @@ def pack(
     indexes, files = read_indexes(config)
     folder = data_folder(data_path(config.path or ""))
     for index in indexes.values():
-        skip_bad_rows(index, files, folder, config, training=True)
+        skip_bad_rows(index, files, folder, config, may_skip=True)
     total = sum(len(index.good()) for index in indexes.values())
     with replace_atomically(out.resolve()) as building:
         building.mkdir()
