@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +35,8 @@ def pack(
       mopefuse train --data products-shards ...
     """
     from mopefuse.cli._prepare_display import PrepareDisplay
-    from mopefuse.cli._render import print_json, table
+    from mopefuse.cli._render import out, print_json, table
+    from mopefuse.config.flags import flag_of
     from mopefuse.config.recipe import data_settings
     from mopefuse.core.formatting import size
     from mopefuse.data.storage.pack import FORMATS
@@ -52,3 +54,5 @@ def pack(
         return
     rows = [[split, f"{count:,}", f"{packed.shards[split]:,}"] for split, count in packed.rows.items()]
     table(f"{dest} ({size(packed.size)})", ["split", "rows", "shards"], rows)
+    columns = [f"{flag_of(path)} {shlex.quote(str(value))}" for path, value in settings.items() if path.endswith("_col")]
+    out().print(f"next: mopefuse train {' '.join(['--data', str(dest), *columns])} ...", markup=False)

@@ -10,7 +10,8 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.error_codes import DataCode
 from mopefuse.core.formatting import several
 from mopefuse.data.base import Problem
-from mopefuse.data.findings import KINDS, fix_of_missing, kind_of_row
+from mopefuse.data.findings import KINDS, fix_of_missing, kind_of_row, lack_columns
+from mopefuse.data.guess_columns import suggest_columns
 from mopefuse.data.index import Index
 from mopefuse.errors import DataError, data_error
 from mopefuse.modalities.file_source import FileSource
@@ -56,7 +57,8 @@ def skip_bad_rows(index: Index, source: FileSource, root: Path, config: DataConf
         skip = _allow(1, total, config, "--on-bad skip") if may_skip and not unsafe else ""
         raise data_error(first.code, first.what, where=first.where, fix=f"{first.fix}{skip}")
     code = first.code if len({problem.code for problem in shown}) == 1 else DataCode.BAD_ROW.text
-    fix = first.fix if unsafe else f"{_common_fix(problems)}; mopefuse data check --json lists all"
+    columns = suggest_columns(config) if lack_columns(index) else ""
+    fix = first.fix if unsafe else columns or f"{_common_fix(problems)}; mopefuse data check --json lists all"
     raise data_error(code, f"{several(len(shown), 'bad row')}: {_join(shown)}", where=where, fix=fix)
 
 

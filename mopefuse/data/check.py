@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from mopefuse.data.findings import (
     file_findings,
     finding_of,
     kind_of_row,
+    lack_columns,
     missing_findings,
     row_findings,
 )
+from mopefuse.data.guess_columns import suggest_columns
 from mopefuse.data.index import Index
 from mopefuse.data.index_build import build, read_rows
 from mopefuse.data.label_problems import find_label_problems, find_task, summarize_splits
@@ -181,7 +183,8 @@ def check(
     labels, label_findings = find_label_problems(indexes, folder, config, task)
     parts, refused = _divide(indexes, path, config, task)
     leaks = list(cross_row_checks.leak_findings(parts))
-    found += _row_and_file_findings(indexes, reading.files)
+    columns = suggest_columns(config) if any(map(lack_columns, indexes.values())) else ""
+    found += _row_and_file_findings(indexes, reading.files, columns)
     found += [*text_findings, *label_findings]
     found += [*cross_row_checks.shared_ids(indexes), *(finding for _, _, finding in leaks)]
     all_bad = any(_bad_rows(index) and not len(index.good()) for index in indexes.values())
@@ -212,12 +215,14 @@ def _balance(indexes: Indexes, labels: tuple[str, ...], task: Task) -> dict[str,
     return count_labels(indexes, labels) if task.is_classification else {}
 
 
-def _row_and_file_findings(indexes: Indexes, files: FileSource) -> list[Finding]:
+def _row_and_file_findings(indexes: Indexes, files: FileSource, columns: str) -> list[Finding]:
+    """Args: columns: what to do about rows that lack a column; empty for the general advice."""
     found: list[Finding] = []
     seen: set[tuple[str, str]] = set()  # in a single table, a row that names no split is found once for each split
     for index in indexes.values():
         of_rows = [finding for finding in row_findings(index) if (finding.where, finding.message) not in seen]
         seen |= {(finding.where, finding.message) for finding in of_rows}
+        of_rows = [replace(one, hint=columns) if one.kind == "missing-column" else one for one in of_rows]
         found += [*of_rows, *file_findings(index, files), *missing_findings(index), *find_repeated_rows(index)]
     return found
 
@@ -320,7 +325,7 @@ class _Reading:
             except DataError as error:
                 found.append(finding_of(error, "unreadable-table", name))
                 continue
-            if len(index.lines_S) or index.row_problems or self.path.is_dir():
+            if len(index.lines_S) or index.row_problems or self.path.is_dir() or not self.config.split_col:
                 indexes[name] = index
         return indexes, found
 

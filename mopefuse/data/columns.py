@@ -188,7 +188,7 @@ class Layout:
             free = [other for other in free if other not in similar]
         if with_label:
             numbers = [other for other in free if parse_number(str(row[other])) is not None]
-            similar = _similar(self.label, free, COMMON_LABELS) or (numbers if len(numbers) == 1 else [])
+            similar = _similar(self.label, free, COMMON_LABELS) or (numbers if len(numbers) == 1 and not missing else [])
             found += [f"--label-col {other}" for other in similar]
         return found
 

@@ -218,6 +218,12 @@ def row_findings(index: Index) -> Iterator[Finding]:
         yield Finding(kind=kind, split=index.split, where=problem.where, message=problem.what, code=problem.code, id=identity)
 
 
+def lack_columns(index: Index) -> bool:
+    """Whether all rows lack a column, so that it probably has another name."""
+    lacking = [kind_of_row(problem.what) == "missing-column" for problem in index.row_problems]
+    return bool(lacking) and all(lacking) and not len(index.lines_S)
+
+
 def kind_of_row(what: str) -> str:
     """The kind of finding of a bad row, by the message about it."""
     return next((kind for kind, pattern in _PATTERNS.items() if re.match(pattern, what, re.DOTALL)), "bad-row")

@@ -6,12 +6,14 @@ quantity. Columns that settings name, and columns with a default name, are taken
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mopefuse.config.flags import flag_of
 from mopefuse.config.schema import COLUMN_SETTINGS
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.error_codes import DataCode
@@ -64,6 +66,19 @@ def guess_columns(config: DataConfig) -> Guess:
         guesser.guess_modality(name)
     guesser.guess_label()
     return guesser.guess
+
+
+def suggest_columns(config: DataConfig) -> str:
+    """Suggest the flags of the columns that `guess_columns` finds, ``add --text-col title``; empty if it finds none."""
+    try:
+        found = guess_columns(config).settings
+    except DataError:
+        return ""
+    flags = [
+        f"{flag_of(f'data.{setting}')} {shlex.quote(value if isinstance(value, str) else value[-1])}"
+        for setting, value in found.items()
+    ]
+    return f"add {' '.join(flags)}" if flags else ""
 
 
 class _Guesser:

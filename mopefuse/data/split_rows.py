@@ -14,6 +14,7 @@ from mopefuse.core.formatting import several
 from mopefuse.data.base import SPLITS
 from mopefuse.data.index import Index
 from mopefuse.data.storage.paths import COMPRESSED
+from mopefuse.data.storage.shards import find_shards
 from mopefuse.data.subsets import choose_few, hold_out
 from mopefuse.data.tables import SUFFIXES, find_tables, split_column
 from mopefuse.errors import ConfigError, DataError
@@ -100,7 +101,8 @@ def missing_split_hint(name: str, path: Path, config: DataConfig) -> str:
         return f"{hold_out_rows}, or specify the split column with --split-col"
     found = [item.name for item in path.iterdir() if item.suffix in SUFFIXES or item.is_dir()]
     tables = [item for item in path.iterdir() if item.suffix in SUFFIXES and item.is_file()]
-    if len(tables) == 1 and tables[0].stem not in SPLITS:
+    in_shards = any(find_shards(path, split) for split in SPLITS)
+    if len(tables) == 1 and tables[0].stem not in SPLITS and not in_shards:
         return f"pass the table itself: {tables[0]}"
     if packed := sorted(item.name for item in path.iterdir() if item.name.endswith(COMPRESSED)):
         return f"decompress {packed[0]}: the files in a compressed shard cannot be read one by one"
