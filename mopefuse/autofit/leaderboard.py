@@ -15,7 +15,7 @@ from mopefuse.autofit.state import CROSS_VALIDATED, Entry
 from mopefuse.core.artifact import dump_json
 from mopefuse.core.atomic_files import write_atomically
 from mopefuse.core.formatting import duration, markdown, percent
-from mopefuse.metrics.names import write_metric, write_number
+from mopefuse.metrics.names import write_change, write_metric, write_number
 
 JSON_FILE, PAGE = "leaderboard.json", "leaderboard.md"
 
@@ -107,10 +107,10 @@ class Leaderboard:
             chosen = ", selected" if regression.chosen else ""
             parts.append(f"{reading(regression.entry.reads)} {shown(regression.value)} ({regression.entry.title}{chosen})")
         if network is not None and network.over_regression is not None:
-            gain = write_number(self.metric, network.over_regression.value, signed=True)
+            gain = write_change(self.metric, network.over_regression.value)
             parts.append(f"{network.entry.title} {gain} ({network.verdict})")
         if trained is not None:
-            lead = write_number(self.metric, trained.lead, signed=True)
+            lead = write_change(self.metric, trained.lead)
             parts.append(f"{trained.entry.title} {lead} ({trained.verdict})")
         return ", ".join(parts)
 
@@ -158,7 +158,7 @@ class Leaderboard:
             [
                 "*" if line.chosen else "",
                 line.name,
-                self._plus_minus(line.score, signed=False) or f"{line.entry.state}: {line.entry.note}".rstrip(": "),
+                self._plus_minus(line.score, signed=False) or line.entry.state,
                 _basis(line),
                 self._plus_minus(line.gain, signed=True),
                 f"{line.entry.trainable:,}" if line.entry.trainable is not None else "",
@@ -173,7 +173,8 @@ class Leaderboard:
             f"the simplest cross-validated candidate within {SIMPLER_WITHIN:g} standard error of the best. A candidate that "
             f"selected its step on validation must be better there by more than {BEYOND_NOISE:g}."
         ]
-        notes += [f"{line.name}: {line.entry.note}." for line in self.lines if line.score and line.entry.note]
+        noted = [(line.name, "" if line.score else f"{line.entry.state}, ", line.entry.note) for line in self.lines]
+        notes += [f"{name}: {state}{note}." for name, state, note in noted if note]
         for names, gain in self.ensemble.items():
             verdict = "better" if gain.exceeds(SIMPLER_WITHIN) else "not better beyond noise"
             notes.append(

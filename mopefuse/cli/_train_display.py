@@ -17,6 +17,7 @@ from mopefuse.metrics.names import write_metric
 from mopefuse.training.listener import Listener, Progress
 
 _LINE_EVERY = 10.0  # seconds between plain lines
+_IN_LINE = 3  # metrics in the line of a validation
 _WIDEST = 8  # metrics in a row of the final table
 
 
@@ -121,7 +122,7 @@ class Display(Listener):
         from mopefuse.tasks.base import all_metrics
 
         names = [name for name in found if name in {next(iter(found)), *all_metrics()} - {"loss"}]
-        shown = "  ".join(f"{name} {write_metric(name, found[name])}" for name in names)
+        shown = "  ".join(f"{name} {write_metric(name, found[name])}" for name in names[:_IN_LINE])
         star = "  best" if best else ""
         line = f"step {progress.step}  validation  {shown}  loss {found['loss']:.3f}  {duration(progress.seconds)}{star}"
         self.console.print(line, markup=False)

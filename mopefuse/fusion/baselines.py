@@ -224,20 +224,24 @@ class Baselines(NamedTuple):
         return self.best if self.best is self.reading else min(self.fitted, key=lambda one: one.loss)
 
     def summary(self) -> str:
-        """A sentence for the user: the chosen baseline and the scores of all."""
+        """Lines for the user: the chosen baseline, the scores of the others, and where training starts."""
+        simple, reading, shown = self.best_simple, self.reading, partial(write_metric, self.metric)
         how = f"{self.folds}-fold cross-validation and validation" if self.folds else "validation"
-        simple, shown = self.best_simple, partial(write_metric, self.metric)
+        best = f"{simple.name}, the best of {len(self.fitted)} models on frozen features by {how}: {shown(simple.score)}"
         others = ", ".join(f"{one.name} {shown(one.score)}" for one in self.fitted if one is not simple)
-        kind = "best model on pooled features" if self.best is self.reading else "step 0 is the best model on frozen features"
-        text = f"{kind} by {how}: {simple.name}, {shown(simple.score)} ({others})"
+        lines = [f"step 0: {best}", f"others: {others}"]
         if any(one.score > simple.score for one in self.fitted):
-            text += "; among scores within a standard error of the best, the lowest loss decides"
-        if self.reading:
-            chosen = "step 0 is the better" if self.best is self.reading else "not better by more than noise:"
-            scores = f"{shown(self.reading.val_score)} on validation, {simple.name} {shown(simple.val_score)}"
-            text += f"; {chosen} {self.reading.name} ({scores})"
-        trained = self.trained_from
-        return text if trained is self.best else f"{text}; training starts from {trained.name}, which has the lowest loss"
+            lines.append("among scores within a standard error of the best, the lowest loss decides")
+        if reading is not None and self.best is reading:
+            versus = f"{shown(reading.val_score)} on validation, {simple.name} {shown(simple.val_score)}"
+            lines[0] = f"step 0: {reading.name}, {versus}"
+            lines[1] = f"on pooled features: {best}; {others}"
+        elif reading is not None:
+            versus = f"{shown(reading.val_score)} on validation, step 0 {shown(simple.val_score)}"
+            lines.append(f"not better by more than noise: {reading.name} ({versus})")
+        if self.trained_from is not self.best:
+            lines.append(f"training starts from {self.trained_from.name}, which has the lowest loss")
+        return "\n  ".join(lines)
 
     def facts(self) -> dict[str, Any]:
         """Plain values, as in ``start.json``."""

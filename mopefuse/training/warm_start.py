@@ -45,7 +45,8 @@ def initial_state(trainer: Trainer, given: Start | None = None) -> Start | None:
     report = lambda what, share: trainer.listener.on_data_progress(what, round(100 * share), 100)  # noqa: E731
     fitted = distributed.run_on_main(lambda: model.fit(train, val, settings, report))
     trainer.progress.seconds = time.perf_counter() - began
-    trainer.listener.on_notice(fitted.notice)
+    for line in fitted.notice.splitlines():
+        trainer.listener.on_notice(line)
     if fitted.facts:
         file = trainer.run.path / FACTS_FILE
         distributed.run_on_main(lambda: write_atomically(file, dump_json(fitted.facts)))
