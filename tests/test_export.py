@@ -330,7 +330,7 @@ class TestWeightsBesideTheGraph:
         monkeypatch.setattr(graph, "LARGEST", 0)
         done = call("export", trained, "-o", tmp_path / "large")
         assert done.returncode == 0, done.stderr
-        for text in ("largest difference", "same predictions", "100.0 % of 20", "one row, 1 threads: PyTorch"):
+        for text in ("largest difference", "same predictions", "100.0 % of 20", "one row, 1 thread: PyTorch"):
             assert text in done.stdout
         return tmp_path / "large"
 

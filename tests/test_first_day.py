@@ -172,3 +172,9 @@ def test_a_table_with_other_column_names_gets_the_flags_of_all_of_them(pairs: Pa
     assert done.returncode == 4 and f"fix: add {flags}" in done.stderr
     checked = call("data", "check", tmp_path / "things.jsonl").stdout
     assert any("missing-column" in line and f"add {flags}" in line for line in checked.splitlines())
+
+
+def test_a_recipe_with_another_suffix_is_suggested(tmp_path: Path) -> None:
+    (tmp_path / "products.yaml").write_text("main: tiny:vision\ncomp: tiny:text\n")
+    done = call("train", "--recipe", tmp_path / "products.yml", "--out", tmp_path / "run")
+    assert done.returncode == 3 and f"did you mean {tmp_path / 'products.yaml'}?" in done.stderr

@@ -84,6 +84,7 @@ def _verify(folder: Path, *, json: bool) -> None:
 
 def _print(result: Exported) -> None:
     from mopefuse.cli._render import out, percent, size, table
+    from mopefuse.core.formatting import several
 
     if result.parity is not None:
         parity = result.parity
@@ -91,8 +92,8 @@ def _print(result: Exported) -> None:
         rows = [
             [f"largest difference of {parity.outputs}", f"{parity.max_difference:.2g}"],
             ["same predictions", f"{percent(parity.labels_agree)} of {parity.probes}"],
-            [f"one row, {parity.threads} threads: exported", f"{milliseconds['graph']:.1f} ms"],
-            [f"one row, {parity.threads} threads: PyTorch", f"{milliseconds['model']:.1f} ms"],
+            [f"one row, {several(parity.threads, 'thread')}: exported", f"{milliseconds['graph']:.1f} ms"],
+            [f"one row, {several(parity.threads, 'thread')}: PyTorch", f"{milliseconds['model']:.1f} ms"],
         ]
         table("compared with the trained model, batches of 1, 2 and 7", ["", ""], rows)
     if result.int8 is not None:

@@ -218,7 +218,7 @@ def _pairs(rows: _Rows, config: Data, model: LoadedModel, only: str | None = Non
         return read_pairs(place, config, model.modalities, model.optional_modalities, empty_is_missing=empty)
     given: dict[str, Any] = {}
     if image is not None:
-        given["image"] = open_image([image.absolute().parent], image.name, where=str(image), max_pixels=config.max_pixels)
+        given["image"] = open_image([image.absolute().parent], image.name, where="--image", max_pixels=config.max_pixels)
     if text is not None and (text.strip() or not model.empty_is_missing):
         given["text"] = text
     for name, flag in (("image", "--image FILE"), ("text", "--text TEXT")):

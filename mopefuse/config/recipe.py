@@ -19,7 +19,7 @@ from mopefuse.config.schema import Data, RunConfig, build_config, known_keys
 from mopefuse.config.setting_paths import flatten, merge, nest
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode
 from mopefuse.core.regular_files import read_regular
-from mopefuse.errors import CheckpointError, ConfigError, did_you_mean
+from mopefuse.errors import CheckpointError, ConfigError, did_you_mean, similar_names
 
 _HERE = Path(__file__).parents[1]
 RECIPES = (_HERE / "recipes", _HERE.parent / "recipes")
@@ -218,7 +218,9 @@ def find_recipe(name: str) -> Path:
     if path.exists():
         return path
     found, known = _named(name, "**/*.yaml")
-    fix = did_you_mean(name, [other for other in known if not other.startswith("studies/")]) or "pass a YAML file"
+    files = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    near = similar_names(name, files, most=1) or [other for other in known if not other.startswith("studies/")]
+    fix = did_you_mean(name, near) or "pass a YAML file"
     if found is None:
         raise ConfigError(ConfigCode.RECIPE_UNREADABLE, f"recipe not found: {name}", where="--recipe", fix=fix)
     return found
