@@ -161,13 +161,13 @@ def test_a_gate_that_cannot_be_meant_names_the_one_that_is(
 def test_a_table_with_other_column_names_gets_the_flags_of_all_of_them(pairs: Path, tmp_path: Path) -> None:
     shutil.copytree(pairs / "images", tmp_path / "images")
     rows = [json.loads(line) for line in (pairs / "train.jsonl").read_text().splitlines()]
-    names = {"id": "SKU", "text": "Titel des Produkts", "img": "Foto", "label": "Sorte"}
+    names = {"id": "SKU", "text": "Titel des Artikels", "img": "Bild", "label": "Sorte"}
     words = ("red", "green", "blue")
     table = [
         {names[key]: f"a {words[at % 3]} shoe" if key == "text" else row[key] for key in names} for at, row in enumerate(rows)
     ]
     write_rows(tmp_path / "things.jsonl", table)
-    flags = "--image-col Foto --text-col 'Titel des Produkts' --label-col Sorte"
+    flags = "--image-col Bild --text-col 'Titel des Artikels' --label-col Sorte"
     done = call("train", *TINY, "--data", tmp_path / "things.jsonl", "--out", tmp_path / "run")
     assert done.returncode == 4 and f"fix: add {flags}" in done.stderr
     checked = call("data", "check", tmp_path / "things.jsonl").stdout
