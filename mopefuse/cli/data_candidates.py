@@ -1,0 +1,48 @@
+"""``mopefuse data candidates``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mopefuse.cli.shared_options import Checkpoint, Device, Json, Trained
+
+
+def candidates(
+    run: Trained,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    *,
+    count: Annotated[int, typer.Option(min=1, max=1000, help="Rows with the label other for each pair.")] = 4,
+    checkpoint: Checkpoint = "best",
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Write training data for a matcher, which re-ranks what a run for retrieval finds.
+
+    Each pair of the run's data becomes a row with the label match. Rows with the label other have the text or image of
+    another pair, those that the run confuses most easily with the right one. Prints the command that trains the matcher.
+
+    \b
+    Example:
+      mopefuse data candidates runs/search candidates
+    """
+    import shlex
+
+    from mopefuse.cli._prepare_display import PrepareDisplay
+    from mopefuse.cli._render import out as console
+    from mopefuse.cli._render import print_json, table
+    from mopefuse.evaluation.candidates import write_candidates
+
+    with PrepareDisplay(silent=json) as display:
+        counts, command = write_candidates(
+            run, out, count=count, checkpoint=checkpoint, device=device, advance=display.advance
+        )
+    if json:
+        print_json({"ok": True, "folder": str(out), "rows": counts, "train": command})
+        return
+    labels = next(iter(counts.values()))
+    rows = [[split, *(f"{number:,}" for number in of_split.values())] for split, of_split in counts.items()]
+    table(str(out), ["split", *labels], rows)
+    console().print(f"train a matcher: {shlex.join(command)}", markup=False)
