@@ -216,7 +216,8 @@ def _evaluate_reranked(run: Path, matcher: Path, options: dict[str, Any], gates:
     if not found.stored.weight:
         out().print("weight 0: no weight is better on val by more than noise, so predict --rerank changes nothing")
     else:
-        out().print(f"weight {found.stored.weight:g}, chosen on val; the {found.stored.candidates} best candidates are re-ranked")
+        what = f"the {found.stored.candidates} best candidates are re-ranked"
+        out().print(f"weight {found.stored.weight:g}, chosen on val; {what}")
     check_gates(found.metrics, gates)
 
 
