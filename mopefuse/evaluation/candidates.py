@@ -45,7 +45,7 @@ def write_candidates(
 
     Each pair is a row with the label `MATCH`. Up to `count` rows with the label `OTHER` follow it, by turns with another
     value of the complementary modality and of the main one: those that the run ranks highest among the values of the split
-    that are no partners. No pair of values is written twice.
+    that are no partners. Two values that occur together are no negative, and no negative is written twice.
 
     Args:
         out: must be new or empty.
@@ -101,7 +101,7 @@ def _pairs(opened: OpenRun, split: str, count: int, advance: Callable[[int, int]
     each = [hard_negatives(query, gallery, key_Sk, _SPARE * count) for query, gallery in (both, both[::-1])]
     main_S, comp_S = (found.keys[opened.model.encoder(side).modality].tolist() for side in SIDES)
     pairs: list[tuple[int, int]] = []
-    seen: set[tuple[bytes, bytes]] = set()
+    seen = {*zip(main_S, comp_S, strict=True)}
     for number in range(len(found.rows)):
         pairs.append((number, number))
         others = [((number, place) for place in each[0][number]), ((place, number) for place in each[1][number])]
@@ -110,7 +110,7 @@ def _pairs(opened: OpenRun, split: str, count: int, advance: Callable[[int, int]
             if (pair := next(unseen[turn % 2], None)) is not None:
                 seen.add((main_S[pair[0]], comp_S[pair[1]]))
                 pairs.append(pair)
-    if not seen:
+    if len(pairs) == len(found.rows):
         what = f"no value of {split} can be exchanged for one of another pair"
         raise DataError(DataCode.EMPTY_SPLIT, what, where=split, fix="use a run with more pairs in each split")
     return pairs

@@ -93,7 +93,7 @@ class RunModel:
     def scale(self) -> float:
         """The scale of the cosines of a model for retrieval."""
         assert isinstance(self.fusion, Towers), "methods for retrieval"
-        return float(self.fusion.scale)
+        return float(self.fusion.scale.detach())
 
     @torch.no_grad()
     def embed(self, name: str, values: Sequence[Any]) -> NDArray[np.float32]:
@@ -133,9 +133,7 @@ class RunModel:
     def _batch_of_side(self, side: str, values: Sequence[Any]) -> Batch:
         """A batch with the values of one side only."""
         name = self.fusion.encoder(side).modality
-        collate = Collator(
-            {side: self.fusion.readers()[side]}, Requirements(self.method, {side: name}, (), either_helps=False)
-        )
+        collate = Collator({side: self.fusion.readers()[side]}, Requirements(self.method, {side: name}, (), either_helps=False))
         return collate(**to_arguments({name: values})).to(self.device)
 
     def _encoded_side(self, side: str, values: Sequence[Any]) -> Batch:
