@@ -224,6 +224,12 @@ def test_a_gallery_is_re_ranked_as_in_evaluation(
     plain = [json.loads(line)["ranked"] for line in call(*command[:7], "--top", "9").stdout.splitlines()]
     assert [[one["id"] for one in row[6:]] for row in plain] == [[one["id"] for one in row[6:]] for row in rows]
     assert [{one["id"] for one in row} for row in plain] == [{one["id"] for one in row} for row in rows] and plain != rows
+    query, best = read_rows(test)[0], rows[0][0]
+    pair = {r["id"]: r for r in (query, *read_rows(test))}[best["id"]]
+    image, text = (query, pair) if of == "text" else (pair, query)
+    match = mopefuse.load(matcher, device="cpu").predict(str(pairs / image["img"]), text["text"])[0]["probabilities"][MATCH]
+    scale = float(mopefuse.load_model(run).scale.detach())
+    assert best["reranked"] == pytest.approx(scale * best["score"] + 3 * np.log(match / (1 - match)), abs=1e-3)
     few = [json.loads(line)["ranked"] for line in call(*command, "--top", "2").stdout.splitlines()]
     assert few == [row[:2] for row in rows]
 

@@ -107,7 +107,7 @@ def _pairs(opened: OpenRun, split: str, count: int, advance: Callable[[int, int]
         others = [((number, place) for place in each[0][number]), ((place, number) for place in each[1][number])]
         unseen = [(pair for pair in pairs_of if (main_S[pair[0]], comp_S[pair[1]]) not in seen) for pairs_of in others]
         for turn in range(count):
-            if (pair := next(unseen[turn % 2], None)) is not None:
+            if (pair := next(unseen[(number + turn) % 2], None)) is not None:
                 seen.add((main_S[pair[0]], comp_S[pair[1]]))
                 pairs.append(pair)
     if len(pairs) == len(found.rows):

@@ -22,9 +22,11 @@ from mopefuse.core import distributed
 from mopefuse.core.atomic_files import write_lines
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.data.base import DataSet
+from mopefuse.data.collate import Samples
 from mopefuse.data.paired_rows import pair_values
+from mopefuse.data.prefix_cache import split_prefixes
 from mopefuse.errors import ConfigError
-from mopefuse.evaluation.split import run_split
+from mopefuse.evaluation.split import prepare_samples, run_split
 from mopefuse.fusion.retrieval import SIDES
 from mopefuse.inference.rerank import OTHER, Stored, check_matcher, log_odds, store
 from mopefuse.inference.run_model import digest_of
@@ -127,19 +129,28 @@ class _Stages:
 
     def score(self, data: DataSet, split: str) -> tuple[BothWays, Tensor]:
         """The candidates of each value of a split, and the log-odds (P,) of the pairs that they form."""
-        first, found = self.first, data.splits[split]
+        first, values = self.first, data.splits[split]
         advance = partial(self.advance, f"embedding {split}")
         outputs_SN = run_split(first.model, data, split, first.config, first.device, advance=advance).logits_SN
         main_SE, comp_SE = outputs_SN.float().chunk(2, dim=-1)
         both = BothWays.find(main_SE, comp_SE, data.targets(split), self.candidates)
         numbers = zip(SIDES, both.pair_P2.T.numpy(), strict=True)
         number_P = {first.model.encoder(side).modality: number_P for side, number_P in numbers}
-        pairs = pair_values(found, number_P, OTHER)
+        pairs = pair_values(values, number_P, OTHER)
         model, labels = self.second.model, tuple(self.second.manifest["labels"])
         of_pairs = replace(data, splits={split: pairs}, labels=labels, task=model.task)
-        advance = partial(self.advance, f"matching {split}")
-        outputs_PN = run_split(model, of_pairs, split, self.second.config, first.device, advance=advance).logits_SN
-        return both, log_odds(outputs_PN, labels)
+        advance, samples = partial(self.advance, f"matching {split}"), self._samples(of_pairs, split)
+        found = run_split(model, of_pairs, split, self.second.config, first.device, samples=samples, advance=advance)
+        return both, log_odds(found.logits_SN, labels)
+
+    def _samples(self, pairs: DataSet, split: str) -> Samples:
+        """The pairs for the matcher, with the outputs of early layers if it was trained from these: one for each value."""
+        model, config, device = self.second.model, self.second.config, self.first.device
+        layers = model.prefix_layers if config.data.cache_prefix == "on" else {}
+        prefixes = {
+            side: split_prefixes(model.encoder(side), layer, pairs, split, config, device) for side, layer in layers.items()
+        }
+        return prepare_samples(model, pairs, split, config, device, prefixes=prefixes)
 
     def metrics(self, both: BothWays, weight: float, odds_P: Tensor) -> dict[str, dict[str, float]]:
         """The metrics without and with re-ranking."""
