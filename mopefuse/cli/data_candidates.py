@@ -14,7 +14,7 @@ def candidates(
     run: Trained,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     *,
-    count: Annotated[int, typer.Option(min=1, max=1000, help="Rows with the label other for each pair.")] = 4,
+    count: Annotated[int, typer.Option(min=1, max=1000, help="Rows with the label other for each pair.")] = 1,
     checkpoint: Checkpoint = "best",
     device: Device = "auto",
     json: Json = False,

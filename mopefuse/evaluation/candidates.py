@@ -36,7 +36,7 @@ def write_candidates(
     run: Path,
     out: Path,
     *,
-    count: int = 4,
+    count: int = 1,
     checkpoint: str = "best",
     device: str = "auto",
     advance: Advance = lambda what, done, total: None,
