@@ -64,7 +64,6 @@ def evaluate(
     Example:
       mopefuse eval runs/first --split val --min accuracy=0.8
     """
-    from mopefuse.errors import ConfigError
     from mopefuse.evaluation.missing_shares import parse_shares
     from mopefuse.evaluation.quality_gates import parse_gates
 
@@ -75,9 +74,7 @@ def evaluate(
     options: dict[str, Any] = {"split": split, "data": data, "layout": layout, "checkpoint": checkpoint, "device": device}
     options |= {"main": main, "comp": comp}
     if rerank is not None:
-        if missing:
-            what, fix = "re-ranking needs both values of every pair", "remove --missing or --rerank"
-            raise ConfigError(ConfigCode.CANNOT_RERANK, what, where="--missing", fix=fix)
+        _refuse_missing(missing)
         _evaluate_reranked(run, rerank, options | {"candidates": candidates, "predictions": out}, gates, json=json)
     elif missing:
         _evaluate_missing(run, shares, options | {"seed": missing_seed}, gates, out, json=json)
@@ -191,6 +188,14 @@ def _evaluate_missing(
         return
     show(str(run), found)
     check_gates(last.metrics, gates)
+
+
+def _refuse_missing(missing: list[str] | None) -> None:
+    from mopefuse.errors import ConfigError
+
+    if missing:
+        what, fix = "re-ranking needs both values of every pair", "remove --missing or --rerank"
+        raise ConfigError(ConfigCode.CANNOT_RERANK, what, where="--missing", fix=fix)
 
 
 def _evaluate_reranked(run: Path, matcher: Path, options: dict[str, Any], gates: Gates, *, json: bool) -> None:
