@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from mopefuse.evaluation.missing_shares import Shares
     from mopefuse.evaluation.quality_gates import Gates
 
+Missing = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODALITY=FRACTION|grid",
+        help="Remove a modality from a fraction of the samples (text=0.7); grid: measure several fractions.",
+    ),
+]
 _SPLITS = ("train", "val", "test")
 
 
@@ -37,13 +44,7 @@ def evaluate(
         list[str] | None,
         typer.Option("--max", metavar="METRIC=VALUE", help="Exit with code 10 if an error (mae, loss, ...) is above VALUE."),
     ] = None,
-    missing: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="MODALITY=FRACTION|grid",
-            help="Remove a modality from a fraction of the samples (text=0.7); grid: measure several fractions.",
-        ),
-    ] = None,
+    missing: Missing = None,
     missing_seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of --missing.")] = 0,
     rerank: Rerank = None,
     candidates: Annotated[int, typer.Option(min=1, max=10**6, help="Candidates that --rerank re-ranks for each query.")] = 20,

@@ -5,6 +5,7 @@ A matcher is an ordinary classifier of pairs, with the labels `MATCH` and `OTHER
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -28,7 +29,7 @@ from mopefuse.modalities.file_source import Folders
 from mopefuse.modalities.files import Files
 from mopefuse.runs.load import OpenRun, open_run
 
-_SPARE = 4  # further candidates for each negative, in place of those that are already in a pair
+_TRIED = 200  # best candidates among which negatives are looked for
 Advance = Callable[[str, int, int], None]
 
 
@@ -43,9 +44,8 @@ def write_candidates(
 ) -> tuple[dict[str, dict[str, int]], list[str]]:
     """Write ``train.jsonl``, ``val.jsonl`` and ``test.jsonl``, of the splits that the run's data have.
 
-    Each pair is a row with the label `MATCH`. Up to `count` rows with the label `OTHER` follow it, by turns with another
-    value of the complementary modality and of the main one: those that the run ranks highest among the values of the split
-    that are no partners. Two values that occur together are no negative, and no negative is written twice.
+    Each pair is a row with the label `MATCH`. Up to `count` rows with the label `OTHER` follow it, with the value of either
+    modality exchanged for one that the run ranks high; see `assign_negatives`.
 
     Args:
         out: must be new or empty.
@@ -98,22 +98,49 @@ def _pairs(opened: OpenRun, split: str, count: int, advance: Callable[[int, int]
     data, found = opened.data, opened.data.splits[split]
     outputs_SN = run_split(opened.model, data, split, opened.config, opened.device, advance=advance).logits_SN
     both, key_Sk = outputs_SN.float().chunk(2, dim=-1), data.targets(split)
-    each = [hard_negatives(query, gallery, key_Sk, _SPARE * count) for query, gallery in (both, both[::-1])]
-    main_S, comp_S = (found.keys[opened.model.encoder(side).modality].tolist() for side in SIDES)
-    pairs: list[tuple[int, int]] = []
-    seen = {*zip(main_S, comp_S, strict=True)}
-    for number in range(len(found.rows)):
-        pairs.append((number, number))
-        others = [((number, place) for place in each[0][number]), ((place, number) for place in each[1][number])]
-        unseen = [(pair for pair in pairs_of if (main_S[pair[0]], comp_S[pair[1]]) not in seen) for pairs_of in others]
-        for turn in range(count):
-            if (pair := next(unseen[(number + turn) % 2], None)) is not None:
-                seen.add((main_S[pair[0]], comp_S[pair[1]]))
-                pairs.append(pair)
-    if len(pairs) == len(found.rows):
+    keys = [found.keys[opened.model.encoder(side).modality].tolist() for side in SIDES]
+    best = [hard_negatives(query, gallery, key_Sk, _TRIED) for query, gallery in (both, both[::-1])]
+    negatives = assign_negatives(best, keys, count)
+    if not any(negatives):
         what = f"no value of {split} can be exchanged for one of another pair"
         raise DataError(DataCode.EMPTY_SPLIT, what, where=split, fix="use a run with more pairs in each split")
-    return pairs
+    return [pair for number, others in enumerate(negatives) for pair in ((number, number), *others)]
+
+
+def assign_negatives(
+    best: Sequence[Sequence[Sequence[int]]], keys: Sequence[Sequence[bytes]], count: int
+) -> list[list[tuple[int, int]]]:
+    """For each pair, up to `count` negatives: rows of the main and the complementary value.
+
+    By turns, the complementary or the main value is exchanged for the best that is left. No value occurs in more than `count`
+    negatives for each of its pairs: otherwise those that resemble many would be known as negatives without the other value.
+
+    Args:
+        best: the best candidates of each main value, and of each complementary one, that are no partners.
+        keys: of the main values, and of the complementary ones; equal values have equal keys.
+    """
+    pairs = range(len(keys[0]))
+    negatives: list[list[tuple[int, int]]] = [[] for _ in pairs]
+    seen = {*zip(*keys, strict=True)}
+    left = [Counter({key: count * times for key, times in Counter(of_side).items()}) for of_side in keys]
+    turns = [(number, (number + turn) % 2) for turn in range(count) for number in pairs]  # which side is kept
+    for number, kept in turns:
+        left[kept][keys[kept][number]] -= 1
+    for rank in range(max((len(places) for of_side in best for places in of_side), default=0)):
+        waiting = []
+        for number, kept in turns:
+            other = 1 - kept
+            place = best[kept][number][rank] if rank < len(best[kept][number]) else -1
+            pair = (number, place) if kept == 0 else (place, number)
+            key = keys[0][pair[0]], keys[1][pair[1]]
+            if place < 0 or left[other][key[other]] < 1 or key in seen:
+                waiting.append((number, kept))
+                continue
+            left[other][key[other]] -= 1
+            seen.add(key)
+            negatives[number].append(pair)
+        turns = waiting
+    return negatives
 
 
 def _lines(opened: OpenRun, split: str, pairs: Sequence[tuple[int, int]], copies: _Copies | None) -> Iterator[str]:
