@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 
 import mopefuse
 from mopefuse.evaluation import rerank
+from mopefuse.evaluation.candidates import assign_negatives, shuffle_first
 from mopefuse.evaluation.outputs import SplitOutput
 from mopefuse.evaluation.rerank import evaluate_reranked
 from mopefuse.inference.rerank import MATCH, OTHER, STORED
@@ -44,7 +47,7 @@ def run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def candidates(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("candidates") / "data"
-    done = call("data", "candidates", run, out, "--count", "3", "--device", "cpu")
+    done = call("data", "candidates", run, out, "--count", "3", "--among", "5", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert f"train a matcher: mopefuse train --data {out} --image-root " in done.stdout
     return out
@@ -131,24 +134,66 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_candidates_are_what_the_run_confuses_with_the_partner(run: Path, pairs: Path, candidates: Path) -> None:
+@given(st.integers(2, 24), st.integers(1, 4), st.integers(0, 99))
+def test_negatives_are_the_first_that_are_left(samples: int, count: int, seed: int) -> None:
+    """An earlier candidate is passed over only if it already is in as many negatives as any value may be, or in this one."""
+    main, comp, keys = embeddings(samples, seed)
+    names = [[str(key).encode() for key in keys[:, side].tolist()] for side in range(2)]
+    best = [hard_negatives(main, comp, keys, 200), hard_negatives(comp, main, keys, 200)]
+    negatives = assign_negatives(best, names, count)
+    matches, pairs = {*zip(*names, strict=True)}, [pair for others in negatives for pair in others]
+    written = [(names[0][one], names[1][other]) for one, other in pairs]
+    assert len({*written}) == len(written) and not matches & {*written}
+    limits = [Counter({key: count * times for key, times in Counter(of_side).items()}) for of_side in names]
+    used = [Counter(pair[side] for pair in written) for side in range(2)]
+    assert all(used[side][key] <= limits[side][key] for side in range(2) for key in used[side])
+    for number, others in enumerate(negatives):
+        assert len(others) <= count and all(number in pair for pair in others)
+        for pair in others:
+            kept = int(pair[0] != number)
+            kept_in = [sum((row + turn) % 2 == 1 - kept for turn in range(count)) for row in range(samples)]
+            for place in best[kept][number][: best[kept][number].index(pair[1 - kept])]:
+                better = (number, place) if kept == 0 else (place, number)
+                name = names[1 - kept][place]
+                full = sum(kept_in[row] for row in range(samples) if names[1 - kept][row] == name)
+                full += sum(
+                    names[1 - kept][p[1 - kept]] == name for row, ps in enumerate(negatives) for p in ps if p[kept] == row
+                )
+                assert full >= limits[1 - kept][name] or (names[0][better[0]], names[1][better[1]]) in {*written} | matches
+
+
+def test_candidates_are_pairs_and_negatives_of_the_same_split(run: Path, pairs: Path, candidates: Path) -> None:
     predictor = mopefuse.load(run, device="cpu")
     for split in ("train", "val", "test"):
         rows, source = read_rows(candidates / f"{split}.jsonl"), read_rows(pairs / f"{split}.jsonl")
         matches = [number for number, row in enumerate(rows) if row["label"] == MATCH]
         assert [(rows[number]["img"], rows[number]["text"]) for number in matches] == [(r["img"], r["text"]) for r in source]
         texts, images = [row["text"] for row in source], [row["img"] for row in source]
-        scores = predictor.embed(images=[pairs / image for image in images]) @ predictor.embed(texts=texts).T
-        partners = {(image, text) for image, text in zip(images, texts, strict=True)}
+        true = {*zip(images, texts, strict=True)}
         others = [(row["img"], row["text"]) for row in rows if row["label"] == OTHER]
-        assert len({*others}) == len(others) and not partners & {*others}
-        number = matches[0] + 1  # nothing is left out for the first pair because another has it
-        known = [text in {t for i, t in partners if i == images[0]} for text in texts]
-        best = texts[int(np.where(known, -9, scores[0]).argmax())]
-        assert rows[number] == {"id": f"{split}-000001", "img": images[0], "text": best, "label": OTHER}
-        of_text = {image for image, text in partners if text == texts[0]}
-        best = images[int(np.where([image in of_text for image in images], -9, scores[:, 0]).argmax())]
-        assert rows[number + 1] == {"id": f"{split}-000002", "img": best, "text": texts[0], "label": OTHER}
+        assert others and not true & {*others} and {i for i, _ in others} <= {*images} and {t for _, t in others} <= {*texts}
+        for column in ("img", "text"):  # a value alone says nothing about the label
+            count = {label: Counter(row[column] for row in rows if row["label"] == label) for label in (MATCH, OTHER)}
+            assert all(times <= 3 * count[MATCH][value] for value, times in count[OTHER].items())
+        scores = predictor.embed(images=[pairs / image for image in images]) @ predictor.embed(texts=texts).T
+        known = np.array([[(image, text) in true for text in texts] for image in images])
+        row, column = (values.index(value) for values, value in zip((images, texts), others[0], strict=True))
+        free = np.sort(np.where(known, -9, scores)[row])[::-1]
+        assert scores[row, column] >= free[4] - 1e-5  # nothing was taken before it
+
+
+def test_the_best_candidates_are_drawn_from_in_random_order(run: Path, candidates: Path, tmp_path: Path) -> None:
+    """Otherwise a matcher would learn that what the first stage likes best is no match."""
+    drawn = [shuffle_first(range(10), 5, random.Random(seed)) for seed in range(200)]
+    assert all(sorted(one[:5]) == [*range(5)] and one[5:] == [*range(5, 10)] for one in drawn)
+    assert len({one[0] for one in drawn}) == 5
+    for seed, same in ((0, True), (1, False)):
+        out = tmp_path / str(seed)
+        assert (
+            call("data", "candidates", run, out, "--count", "3", "--among", "5", "--seed", seed, "--device", "cpu").returncode
+            == 0
+        )
+        assert ((out / "train.jsonl").read_bytes() == (candidates / "train.jsonl").read_bytes()) == same
 
 
 def test_candidates_of_shards_have_copies_of_the_files(pairs: Path, tmp_path: Path) -> None:

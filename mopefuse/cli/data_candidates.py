@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mopefuse.cli.shared_options import Checkpoint, Device, Json, Trained
+from mopefuse.cli.shared_options import Checkpoint, Device, Json, Seed, Trained
 
 
 def candidates(
@@ -15,6 +15,8 @@ def candidates(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     *,
     count: Annotated[int, typer.Option(min=1, max=1000, help="Rows with the label other for each pair.")] = 1,
+    among: Annotated[int, typer.Option(min=1, max=10**6, help="Best candidates from which these are drawn.")] = 20,
+    seed: Seed = 0,
     checkpoint: Checkpoint = "best",
     device: Device = "auto",
     json: Json = False,
@@ -22,7 +24,7 @@ def candidates(
     """Write training data for a matcher, which re-ranks what a run for retrieval finds.
 
     Each pair of the run's data becomes a row with the label match. Rows with the label other have the text or image of
-    another pair, those that the run confuses most easily with the right one. Prints the command that trains the matcher.
+    another pair, drawn from those that the run ranks highest for it. Prints the command that trains the matcher.
 
     \b
     Example:
@@ -33,11 +35,11 @@ def candidates(
     from mopefuse.cli._prepare_display import PrepareDisplay
     from mopefuse.cli._render import out as console
     from mopefuse.cli._render import print_json, table
-    from mopefuse.evaluation.candidates import write_candidates
+    from mopefuse.evaluation.candidates import Draw, write_candidates
 
     with PrepareDisplay(silent=json) as display:
         counts, command = write_candidates(
-            run, out, count=count, checkpoint=checkpoint, device=device, advance=display.advance
+            run, out, how=Draw(count, among, seed), checkpoint=checkpoint, device=device, advance=display.advance
         )
     if json:
         print_json({"ok": True, "folder": str(out), "rows": counts, "train": command})

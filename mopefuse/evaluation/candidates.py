@@ -5,8 +5,10 @@ A matcher is an ordinary classifier of pairs, with the labels `MATCH` and `OTHER
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,23 +31,32 @@ from mopefuse.modalities.file_source import Folders
 from mopefuse.modalities.files import Files
 from mopefuse.runs.load import OpenRun, open_run
 
-_TRIED = 200  # best candidates among which negatives are looked for
+_SPARE = 100  # further candidates, if the values of the best ones already are in enough negatives
 Advance = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How negatives are drawn: `count` for each pair, from the `among` best candidates that are no partners."""
+
+    count: int = 1
+    among: int = 20
+    seed: int = 0
 
 
 def write_candidates(
     run: Path,
     out: Path,
     *,
-    count: int = 1,
+    how: Draw = Draw(),
     checkpoint: str = "best",
     device: str = "auto",
     advance: Advance = lambda what, done, total: None,
 ) -> tuple[dict[str, dict[str, int]], list[str]]:
     """Write ``train.jsonl``, ``val.jsonl`` and ``test.jsonl``, of the splits that the run's data have.
 
-    Each pair is a row with the label `MATCH`. Up to `count` rows with the label `OTHER` follow it, with the value of either
-    modality exchanged for one that the run ranks high; see `assign_negatives`.
+    Each pair is a row with the label `MATCH`. Rows with the label `OTHER` follow it, in which the value of either modality is
+    exchanged for one that the run ranks high; see `assign_negatives`.
 
     Args:
         out: must be new or empty.
@@ -70,7 +81,7 @@ def write_candidates(
         building.mkdir()
         copies = None if isinstance(data.files, Folders) else _Copies(building, data)
         for name in (name for name in SPLITS if name in data.splits):
-            pairs = _pairs(opened, name, count, partial(advance, name))
+            pairs = _pairs(opened, name, how, partial(advance, name))
             write_lines(building / f"{name}.jsonl", _lines(opened, name, pairs, copies))
             matches = sum(main == comp for main, comp in pairs)
             counts[name] = {MATCH: matches, OTHER: len(pairs) - matches}
@@ -89,7 +100,7 @@ def train_command(run: Path, out: Path, config: RunConfig, roots: Sequence[Path]
     return ["mopefuse", "train", "--data", str(out), *folders, *encoders, "--out", f"{str(run).rstrip('/')}-matcher"]
 
 
-def _pairs(opened: OpenRun, split: str, count: int, advance: Callable[[int, int], None]) -> list[tuple[int, int]]:
+def _pairs(opened: OpenRun, split: str, how: Draw, advance: Callable[[int, int], None]) -> list[tuple[int, int]]:
     """The rows of the main and the complementary value of each pair: equal ones, and then hard negatives of these.
 
     Raises:
@@ -99,12 +110,21 @@ def _pairs(opened: OpenRun, split: str, count: int, advance: Callable[[int, int]
     outputs_SN = run_split(opened.model, data, split, opened.config, opened.device, advance=advance).logits_SN
     both, key_Sk = outputs_SN.float().chunk(2, dim=-1), data.targets(split)
     keys = [found.keys[opened.model.encoder(side).modality].tolist() for side in SIDES]
-    best = [hard_negatives(query, gallery, key_Sk, _TRIED) for query, gallery in (both, both[::-1])]
-    negatives = assign_negatives(best, keys, count)
+    draw = random.Random(f"{split} {how.seed}")
+    best = [hard_negatives(query, gallery, key_Sk, how.among + _SPARE) for query, gallery in (both, both[::-1])]
+    drawn = [[shuffle_first(places, how.among, draw) for places in of_side] for of_side in best]
+    negatives = assign_negatives(drawn, keys, how.count)
     if not any(negatives):
         what = f"no value of {split} can be exchanged for one of another pair"
         raise DataError(DataCode.EMPTY_SPLIT, what, where=split, fix="use a run with more pairs in each split")
     return [pair for number, others in enumerate(negatives) for pair in ((number, number), *others)]
+
+
+def shuffle_first(places: Sequence[int], count: int, draw: random.Random) -> list[int]:
+    """Bring the first `count` into a random order: if only the best became negatives, a high score would reveal them."""
+    first = [*places[:count]]
+    draw.shuffle(first)
+    return [*first, *places[count:]]
 
 
 def assign_negatives(
@@ -112,11 +132,11 @@ def assign_negatives(
 ) -> list[list[tuple[int, int]]]:
     """For each pair, up to `count` negatives: rows of the main and the complementary value.
 
-    By turns, the complementary or the main value is exchanged for the best that is left. No value occurs in more than `count`
+    By turns, the complementary or the main value is exchanged for the first that is left. No value occurs in more than `count`
     negatives for each of its pairs: otherwise those that resemble many would be known as negatives without the other value.
 
     Args:
-        best: the best candidates of each main value, and of each complementary one, that are no partners.
+        best: candidates of each main value, and of each complementary one, that are no partners.
         keys: of the main values, and of the complementary ones; equal values have equal keys.
     """
     pairs = range(len(keys[0]))
