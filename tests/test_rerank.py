@@ -245,38 +245,40 @@ def test_the_weight_is_chosen_on_validation_only(
     assert found.without == {name: value for name, value in measured.items() if name != "loss"}
 
 
-@pytest.mark.parametrize("of", ["text", "image"])
 def test_a_gallery_is_re_ranked_as_in_evaluation(
-    run: Path, matcher: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str
+    run: Path, matcher: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     test, out = pairs / "test.jsonl", tmp_path / "lines.jsonl"
-    command = ("predict", run, test, "--gallery", test, "--gallery-of", of, "--rerank", matcher, "--device", "cpu")
+    plain = ("predict", run, test, "--gallery", test, "--device", "cpu", "--gallery-of")
+    command = (*plain[:-1], "--rerank", matcher, "--gallery-of")
     (run / STORED).unlink(missing_ok=True)
-    done = call(*command)
+    done = call(*command, "text")
     assert done.returncode == 3 and f"fix: mopefuse eval {run} --rerank {matcher}" in done.stderr, done.stderr
     monkeypatch.setattr(BothWays, "choose_weight", lambda *_: 3.0)
     done = call("eval", run, "--rerank", matcher, "--candidates", "6", "--json", "--out", out, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
-    assert (
-        facts["rerank"]["weight"] == 3 and facts["metrics"] != facts["without"] == facts["rerank"]["metrics"]["test"]["without"]
-    )
-    key = "ranked" if of == "text" else "ranked_comp_to_main"
-    wanted = [line[key] for line in read_rows(out)]
-    rows = [json.loads(line)["ranked"] for line in call(*command, "--top", "9").stdout.splitlines()]
-    assert [[one["id"] for one in row[:6]] for row in rows] == wanted
+    assert facts["rerank"]["weight"] == 3 and facts["metrics"] != facts["without"]
+    assert facts["rerank"]["metrics"]["test"] == {"without": facts["without"], "with": facts["metrics"]}
+    for of, key in (("image", "ranked_comp_to_main"), ("text", "ranked")):
+        rows = ranked(*command, of, "--top", "9")
+        assert [[one["id"] for one in row[:6]] for row in rows] == [line[key] for line in read_rows(out)]
     assert all(["reranked" in one for one in row] == [True] * 6 + [False] * 3 for row in rows)
-    plain = [json.loads(line)["ranked"] for line in call(*command[:7], "--top", "9").stdout.splitlines()]
-    assert [[one["id"] for one in row[6:]] for row in plain] == [[one["id"] for one in row[6:]] for row in rows]
-    assert [{one["id"] for one in row} for row in plain] == [{one["id"] for one in row} for row in rows] and plain != rows
+    before = ranked(*plain, "text", "--top", "9")
+    assert [row[6:] for row in before] == [row[6:] for row in rows] and before != rows
+    assert [{one["id"] for one in row} for row in before] == [{one["id"] for one in row} for row in rows]
+    assert ranked(*command, "text", "--top", "2") == [row[:2] for row in rows]
     query, best = read_rows(test)[0], rows[0][0]
-    pair = {r["id"]: r for r in (query, *read_rows(test))}[best["id"]]
-    image, text = (query, pair) if of == "text" else (pair, query)
-    match = mopefuse.load(matcher, device="cpu").predict(str(pairs / image["img"]), text["text"])[0]["probabilities"][MATCH]
+    text = next(row["text"] for row in read_rows(test) if row["id"] == best["id"])
+    match = mopefuse.load(matcher, device="cpu").predict(str(pairs / query["img"]), text)[0]["probabilities"][MATCH]
     scale = float(mopefuse.load_model(run).scale.detach())
     assert best["reranked"] == pytest.approx(scale * best["score"] + 3 * np.log(match / (1 - match)), abs=1e-3)
-    few = [json.loads(line)["ranked"] for line in call(*command, "--top", "2").stdout.splitlines()]
-    assert few == [row[:2] for row in rows]
+
+
+def ranked(*command: object) -> list[list[dict[str, Any]]]:
+    done = call(*command)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line)["ranked"] for line in done.stdout.splitlines()]
 
 
 def test_a_matcher_that_is_no_better_changes_nothing(run: Path, matcher: Path, pairs: Path) -> None:
