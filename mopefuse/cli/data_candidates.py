@@ -21,9 +21,9 @@ def candidates(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Write training data for a matcher, which re-ranks what a run for retrieval finds.
+    """Write the training data of a matcher for re-ranking.
 
-    Each pair of the run's data becomes a row with the label match. Rows with the label other have the text or image of
+    A matcher re-ranks what a run for retrieval finds. Each pair of the run's data becomes a row with the label match. Rows with the label other have the text or image of
     another pair, drawn from those that the run ranks highest for it. Prints the command that trains the matcher.
 
     \b
