@@ -23,8 +23,9 @@ def candidates(
 ) -> None:
     """Write the training data of a matcher for re-ranking.
 
-    A matcher re-ranks what a run for retrieval finds. Each pair of the run's data becomes a row with the label match. Rows with the label other have the text or image of
-    another pair, drawn from those that the run ranks highest for it. Prints the command that trains the matcher.
+    A matcher re-ranks what a run for retrieval finds. Each pair of the run's data becomes a row with the label match. Rows
+    with the label other have the text or image of another pair, drawn from those that the run ranks highest for it. Prints
+    the command that trains the matcher.
 
     \b
     Example:
