@@ -78,6 +78,7 @@ class ModelOptions(NamedTuple):
     batch: int
     gallery: Path | None
     gallery_of: str | None
+    rerank: Path | None
 
 
 class BatchOptions(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mopefuse.cli import data_cache, data_check, data_pack
+from mopefuse.cli import data_cache, data_candidates, data_check, data_pack
 from mopefuse.cli._data_set_options import DataSetCommand, given_options
 from mopefuse.cli.settings import add_command
 from mopefuse.cli.shared_options import Json, Seed
@@ -20,6 +20,7 @@ Target = Annotated[Path, typer.Argument(metavar="DEST", help="Folder to write.")
 add_command(app, "check", data_check.check, group="data")
 add_command(app, "preview", data_check.preview, group="data")
 app.command("cache")(data_cache.cache)
+app.command("candidates")(data_candidates.candidates)
 
 
 @app.callback()

@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mopefuse.cli.settings import Settings, data_section
-from mopefuse.cli.shared_options import Checkpoint, Device, Json, Model, OtherComp, OtherMain, Split, read_data_path
+from mopefuse.cli.shared_options import Checkpoint, Device, Json, Model, OtherComp, OtherMain, Rerank, Split, read_data_path
 from mopefuse.core.error_codes import ConfigCode
 
 if TYPE_CHECKING:
     from mopefuse.evaluation.missing_shares import Shares
     from mopefuse.evaluation.quality_gates import Gates
 
+Missing = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODALITY=FRACTION|grid",
+        help="Remove a modality from a fraction of the samples (text=0.7); grid: measure several fractions.",
+    ),
+]
 _SPLITS = ("train", "val", "test")
 
 
@@ -37,14 +44,10 @@ def evaluate(
         list[str] | None,
         typer.Option("--max", metavar="METRIC=VALUE", help="Exit with code 10 if an error (mae, loss, ...) is above VALUE."),
     ] = None,
-    missing: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="MODALITY=FRACTION|grid",
-            help="Remove a modality from a fraction of the samples (text=0.7); grid: measure several fractions.",
-        ),
-    ] = None,
+    missing: Missing = None,
     missing_seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of --missing.")] = 0,
+    rerank: Rerank = None,
+    candidates: Annotated[int, typer.Option(min=1, max=10**6, help="Candidates that --rerank re-ranks for each query.")] = 20,
     device: Device = "auto",
     main: OtherMain = None,
     comp: OtherComp = None,
@@ -55,7 +58,8 @@ def evaluate(
 
     Results do not depend on the batch size. Predictions are one line of JSON per sample; with more than 100 labels, each
     line has only the probabilities of the 20 most probable labels and of the predicted and true ones. Column options that
-    you omit default to those of the run.
+    you omit default to those of the run. --rerank chooses the weight of a matcher on the validation split, and stores it
+    in RUN for predict.
 
     \b
     Example:
@@ -70,7 +74,10 @@ def evaluate(
     _check(run, split, data, settings, out, single=shares is not None, gated=bool(gates))
     options: dict[str, Any] = {"split": split, "data": data, "layout": layout, "checkpoint": checkpoint, "device": device}
     options |= {"main": main, "comp": comp}
-    if missing:
+    if rerank is not None:
+        _refuse_missing(missing)
+        _evaluate_reranked(run, rerank, options | {"candidates": candidates, "predictions": out}, gates, json=json)
+    elif missing:
         _evaluate_missing(run, shares, options | {"seed": missing_seed}, gates, out, json=json)
     else:
         _evaluate(run, options, gates, out, json=json)
@@ -182,6 +189,42 @@ def _evaluate_missing(
         return
     show(str(run), found)
     check_gates(last.metrics, gates)
+
+
+def _refuse_missing(missing: list[str] | None) -> None:
+    from mopefuse.errors import ConfigError
+
+    if missing:
+        what, fix = "re-ranking needs both values of every pair", "remove --missing or --rerank"
+        raise ConfigError(ConfigCode.CANNOT_RERANK, what, where="--missing", fix=fix)
+
+
+def _evaluate_reranked(run: Path, matcher: Path, options: dict[str, Any], gates: Gates, *, json: bool) -> None:
+    from mopefuse.cli._render import err, out, table
+    from mopefuse.core import distributed
+    from mopefuse.evaluation.quality_gates import check_gates
+    from mopefuse.evaluation.rerank import evaluate_reranked
+    from mopefuse.metrics.names import write_metric
+
+    with distributed.process_group(), err().status("loading") as status:
+        advance = lambda what, done, total: status.update(f"{what}: {done}/{total}")  # noqa: E731
+        found = evaluate_reranked(run, matcher, **options, advance=advance)
+    if not distributed.is_main():
+        return
+    stored = vars(found.stored)
+    if json:
+        facts = {"run": str(run), "split": found.split, "metrics": found.metrics, "without": found.without}
+        _print_gated(found.metrics, gates, {**facts, "rerank": {"matcher": str(matcher), **stored}})
+        return
+    both = zip(found.without.items(), found.metrics.values(), strict=True)
+    rows = [[name, write_metric(name, before), write_metric(name, after)] for (name, before), after in both]
+    table(f"{run}, {found.split}", ["metric", "first stage", "re-ranked"], rows)
+    if not found.stored.weight:
+        out().print("weight 0: no weight is better on val by more than noise, so predict --rerank changes nothing")
+    else:
+        what = f"the {found.stored.candidates} best candidates are re-ranked"
+        out().print(f"weight {found.stored.weight:g}, chosen on val; {what}")
+    check_gates(found.metrics, gates)
 
 
 def _print(

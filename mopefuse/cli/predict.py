@@ -16,7 +16,7 @@ import typer
 
 from mopefuse.cli import _predict_tables as tables
 from mopefuse.cli.settings import Settings, data_section
-from mopefuse.cli.shared_options import Checkpoint, Device, Model, OtherComp, OtherMain
+from mopefuse.cli.shared_options import Checkpoint, Device, Model, OtherComp, OtherMain, Rerank
 from mopefuse.core.error_codes import ConfigCode, DataCode
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def predict(
     ] = None,
     gallery: Annotated[Path | None, typer.Option(metavar="TABLE", help="Retrieval: table of the rows to rank.")] = None,
     gallery_of: Annotated[str | None, typer.Option(metavar="MODALITY", help="What to rank, if it is not clear.")] = None,
+    rerank: Rerank = None,
     routing: Annotated[bool, typer.Option("--routing", help="Also write the weights of the prompt experts.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be read.")] = False,
     batch: Annotated[int, typer.Option(min=1, max=1_000_000, help="Rows per batch.")] = 32,
@@ -72,10 +73,10 @@ def predict(
       mopefuse predict runs/first --image photo.jpg --text "a red car"
       mopefuse predict runs/first tables/ -o predictions/ --engine local
     """
-    how = tables.ModelOptions(str(run), checkpoint, device, main, comp, top, routing, batch, gallery, gallery_of)
+    how = tables.ModelOptions(str(run), checkpoint, device, main, comp, top, routing, batch, gallery, gallery_of, rerank)
     many = tables.BatchOptions(engine, inputs or [], out, workers, form, partition_rows, ray_address, overwrite, as_json)
     if many.are_given():
-        many.refuse({"--image": image, "--text": text, "--strict": strict})
+        many.refuse({"--image": image, "--text": text, "--strict": strict, "--rerank": rerank})
         return tables.predict_tables(many, how, settings)
     given = _Rows(inputs[0] if inputs else None, image, text)
     file = None if out is None else Path(out)
@@ -92,7 +93,7 @@ class _Rows(NamedTuple):
 
 
 def _predict_rows(given: _Rows, file: Path | None, how: tables.ModelOptions, strict: bool, settings: Settings) -> None:
-    from mopefuse.cli._gallery import find_gallery
+    from mopefuse.cli._gallery import find_gallery, find_reranker
     from mopefuse.inference.gallery import rank_pairs
     from mopefuse.inference.predict import input_settings, load, predict_pairs
 
@@ -102,6 +103,8 @@ def _predict_rows(given: _Rows, file: Path | None, how: tables.ModelOptions, str
     found, query = find_gallery(predictor, how.gallery, how.gallery_of, _queries(given), config, how.batch)
     pairs = islice(_pairs(given, config, predictor.model, only=query), rank, None, world)
     options: dict[str, Any] = {"batch": how.batch, "top": how.top, "strict": strict}
+    if how.rerank is not None:
+        options["reranker"] = find_reranker(predictor, how, config, query)
     if found is None:
         options |= {"routing": how.routing, "masks": _mask_writer(predictor, file)}
     predict_all = predict_pairs if found is None else partial(rank_pairs, gallery=found)

@@ -37,6 +37,10 @@ Checkpoint = Annotated[str, typer.Option("--checkpoint", help="Checkpoint to use
 Device = Annotated[str, typer.Option("--device", help="Device to compute on: auto, cpu, cuda, cuda:N or mps.")]
 Split = Annotated[str, typer.Option("--split", help="Split of the data: train, val or test.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Random seed.")]
+Rerank = Annotated[
+    Path | None,
+    typer.Option(metavar="MATCHER", help="Retrieval: run that re-ranks the best candidates, see mopefuse data candidates."),
+]
 OtherMain = Annotated[
     str | None,
     typer.Option("--main", metavar="SPEC", help="Location of the main encoder's weights, if they moved since training."),

@@ -213,3 +213,7 @@ class Batch:
     def part(self, number: int, count: int) -> Batch:
         """One of `count` nearly equal parts, counted from 0."""
         return self._map(lambda tensor: tensor.tensor_split(count)[number])
+
+    def select(self, index_P: Tensor) -> Batch:
+        """The samples (P,) at some places of the batch, of which any can occur several times."""
+        return self._map(lambda tensor: tensor[index_P.to(tensor.device)])

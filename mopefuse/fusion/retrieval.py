@@ -78,10 +78,14 @@ class Towers(Fusion):
         """`embed` with length 1, in float32."""
         return F.normalize(to_float32(self.embed(side, batch)), dim=-1)
 
+    @property
+    def scale(self) -> Tensor:
+        """The scale of the cosines in the scores."""
+        return self.log_scale.clamp(max=math.log(_HIGHEST)).exp()
+
     def forward(self, batch: Batch) -> Output:
         """The scaled embeddings of main and those of comp (B, N)."""
-        scale = self.log_scale.clamp(max=math.log(_HIGHEST)).exp()
-        return Output(torch.cat([scale * self.directions("main", batch), self.directions("comp", batch)], dim=-1))
+        return Output(torch.cat([self.scale * self.directions("main", batch), self.directions("comp", batch)], dim=-1))
 
     def standardised(self, side: str, pooled_BC: Tensor) -> Tensor:
         """Standardise the pooled features (B, C) of a side."""

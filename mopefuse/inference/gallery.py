@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ from mopefuse.modalities.base import to_arguments
 
 VERSION, TOP = 1, 10
 _IDS, _EMBEDDINGS = "ids.json", "embeddings.npy"
-_DIGITS = 6  # of a score
+DIGITS = 6  # of a score
 
 Floats = NDArray[np.float32]
 
@@ -52,14 +52,27 @@ class Gallery:
     ids: tuple[str, ...]
     embedding_GE: Floats
 
+    def best(self, query_BE: Floats, count: int) -> tuple[NDArray[np.int64], Floats]:
+        """The numbers of the `count` best rows for each query, the best first, and the cosines of the embeddings."""
+        score_BG = query_BE @ self.embedding_GE.T
+        order_BT = np.argsort(-score_BG, axis=1, kind="stable")[:, :count]
+        return order_BT, np.take_along_axis(score_BG, order_BT, axis=1)
+
+    def describe(self, order_T: Sequence[int], score_T: Floats) -> list[dict[str, Any]]:
+        """Rows as ``{"id", "score"}``."""
+        both = zip(order_T, score_T.tolist(), strict=True)
+        return [{"id": self.ids[number], "score": round(score, DIGITS)} for number, score in both]
+
     def rank(self, query_BE: Floats, top: int = TOP) -> list[list[dict[str, Any]]]:
         """The best rows for each query, ``{"id", "score"}``; the score is the cosine of the embeddings."""
-        score_BG = query_BE @ self.embedding_GE.T
-        order_BT = np.argsort(-score_BG, axis=1, kind="stable")[:, :top]
-        return [
-            [{"id": self.ids[number], "score": round(float(score_G[number]), _DIGITS)} for number in order_T.tolist()]
-            for score_G, order_T in zip(score_BG, order_BT, strict=True)
-        ]
+        return [self.describe(*one) for one in zip(*self.best(query_BE, top), strict=True)]
+
+
+class Ranker(Protocol):
+    """Ranks a gallery in its own way; see `mopefuse.inference.rerank.Reranker`."""
+
+    def rank(self, values: Sequence[Any], query_BE: Floats, gallery: Gallery, top: int) -> list[list[dict[str, Any]]]:
+        """The best rows for each query, as `Gallery.rank` returns them, from the queries and their embeddings."""
 
 
 def choose_modalities(
@@ -159,11 +172,12 @@ def rank_pairs(
     batch: int = 32,
     top: int | None = None,
     strict: bool = False,
+    reranker: Ranker | None = None,
 ) -> Iterator[Prediction]:
     """``{"id", "ranked": [{"id", "score"}, ...]}`` for each query, in their order; ``{"id", "error"}`` for an invalid one.
 
     Args:
-        top: number of rows for each query, default 10.
+        top: number of rows for each query, default 10. reranker: changes the order of the best of them.
 
     Raises:
         MopefuseError: with `strict`, the error of the first invalid query.
@@ -171,11 +185,20 @@ def rank_pairs(
     pairs = iter(pairs)
     while group := list(islice(pairs, batch)):
         good = [pair for pair in group if pair.error is None]
-        ranked = iter(gallery.rank(_embed(predictor, gallery.query, good), top or TOP) if good else ())
+        ranked = iter(_rank(predictor, good, gallery, top or TOP, reranker) if good else ())
         for pair in group:
             if pair.error is not None and strict:
                 raise pair.error
             yield {"id": pair.id, **({"error": pair.error.as_dict()} if pair.error else {"ranked": next(ranked)})}
+
+
+def _rank(
+    predictor: Predictor, pairs: list[Pair], gallery: Gallery, top: int, reranker: Ranker | None
+) -> list[list[dict[str, Any]]]:
+    query_BE = _embed(predictor, gallery.query, pairs)
+    if reranker is None:
+        return gallery.rank(query_BE, top)
+    return reranker.rank([pair.values[gallery.query] for pair in pairs], query_BE, gallery, top)
 
 
 def _embed(predictor: Predictor, modality: str, pairs: list[Pair]) -> Floats:

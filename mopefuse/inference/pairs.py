@@ -66,6 +66,30 @@ def read_pairs(
         yield make_pair(found, file, files, layouts, config)
 
 
+class RowReader:
+    """Reads the values of single rows of a table, when they are needed.
+
+    Args:
+        path, config, modalities: see `read_pairs`.
+    """
+
+    def __init__(self, path: Path, config: DataConfig, modalities: Sequence[str]) -> None:
+        table = find_tables(path, config)[""]
+        self._file, self._rows, self._files = table.file, [*table.rows()], open_files(path, config, [table])
+        self._config, self._layouts = config, make_layouts(config, modalities)
+
+    def values(self, number: int) -> Mapping[str, Any]:
+        """The values of a row by modality.
+
+        Raises:
+            DataError: the row cannot be read.
+        """
+        pair = make_pair(self._rows[number], self._file, self._files, self._layouts, self._config)
+        if pair.error is not None:
+            raise pair.error
+        return pair.values
+
+
 def make_layouts(
     config: DataConfig, modalities: Sequence[str], optional_modalities: Sequence[str] = (), *, empty_is_missing: bool = False
 ) -> list[Layout]:

@@ -24,7 +24,7 @@ from mopefuse.metrics.thresholds import THRESHOLD, Thresholds
 WAYS = ("main_to_comp", "comp_to_main")
 """Whether the query of a search is the main or the complementary value of a pair."""
 _BLOCK = 8_000_000  # numbers of a block of scores
-_TIE = 1e-6  # difference of cosines from which one candidate is better than another
+TIE = 1e-6  # difference of cosines from which one candidate is better than another
 
 Floats = NDArray[np.float64]
 
@@ -61,7 +61,7 @@ def partner_ranks(query_SE: Tensor, gallery_SE: Tensor, key_SK: Tensor) -> Tenso
         true_bS = same_pair(key_SK[rows], key_SK)
         score_bS = query_SE[rows] @ gallery_SE.T
         best_b1 = score_bS.masked_fill(~true_bS, -torch.inf).amax(dim=1, keepdim=True)
-        least_b1 = best_b1 - _TIE * longest * query_SE[rows].norm(dim=1, keepdim=True)
+        least_b1 = best_b1 - TIE * longest * query_SE[rows].norm(dim=1, keepdim=True)
         parts.append(1 + ((score_bS >= least_b1) & ~true_bS).sum(dim=1))
     return torch.cat(parts)
 
@@ -110,8 +110,7 @@ class RankTally(Tally):
 
     def metrics(self, *, ranking: bool = True) -> dict[str, float]:
         """Compute the recall among the first 1, 5 and 10 candidates and the median rank, both ways; and the mean loss."""
-        outcome, once = RankOutcome(self.ranks().numpy()), np.ones((1, len(self.key_SK)))
-        found = {name: float(outcome.measure(name, once)[0]) for name in MEASURES}
+        found = rank_metrics(self.ranks())
         each = [
             contrastive_loss(query_SE, gallery_SE, self.key_SK).double().mean()
             for query_SE, gallery_SE in ((self.main_SE, self.comp_SE), (self.comp_SE, self.main_SE))
@@ -178,3 +177,9 @@ MEASURES: dict[str, Callable[[NDArray[np.int64], Floats], Floats]] = {
     **{f"recall_at_{limit}_{way}": _recall(limit, (number,)) for number, way in enumerate(WAYS) for limit in (10, 5, 1)},
     **{f"median_rank_{way}": _median(number) for number, way in enumerate(WAYS)},
 }
+
+
+def rank_metrics(rank_S2: Tensor) -> dict[str, float]:
+    """All of `MEASURES`, of the ranks of the partners both ways."""
+    outcome, once = RankOutcome(rank_S2.numpy()), np.ones((1, len(rank_S2)))
+    return {name: float(outcome.measure(name, once)[0]) for name in MEASURES}

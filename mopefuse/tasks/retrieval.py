@@ -205,12 +205,7 @@ class Retrieval(Task):
         order_S = index_S.argsort()
         outputs_SN, key_SK = (each_Z.reshape(len(index_S), -1)[order_S] for each_Z in (outputs_Z, key_Z))
         ids = [rows[index].id for index in index_S[order_S].tolist()]
-        candidates = (best.tolist() for best in _best(outputs_SN, _LISTED))
-        found = zip(ids, *candidates, self._ranks(outputs_SN, key_SK).tolist(), strict=True)
-        for identity, comps, mains, (rank, rank_back) in found:
-            there, back = ([ids[number] for number in numbers] for numbers in (comps, mains))
-            line = {"id": identity, "ranked": there, "rank": rank, "ranked_comp_to_main": back, "rank_comp_to_main": rank_back}
-            yield json_text(line) + "\n"
+        yield from ranking_lines(ids, _best(outputs_SN, _LISTED), self._ranks(outputs_SN, key_SK))
 
     def read_outcome(self, lines: Iterable[tuple[int, Mapping[str, Any]]], samples: int, labels: Sequence[str]) -> Outcome:
         """See `Task.read_outcome`."""
@@ -220,6 +215,19 @@ class Retrieval(Task):
         for sample, line in lines:
             rank_S2[sample] = [int(line[key]) for key in ("rank", "rank_comp_to_main")]
         return RankOutcome(rank_S2)
+
+
+def ranking_lines(ids: Sequence[str], orders: Sequence[Tensor], rank_S2: Tensor) -> Iterator[str]:
+    """See `Retrieval.prediction_lines`.
+
+    Args:
+        orders: the positions of the candidates of each sample, the best first, both ways. rank_S2: of each partner.
+    """
+    found = zip(ids, *(order_ST[:, :_LISTED].tolist() for order_ST in orders), rank_S2.tolist(), strict=True)
+    for identity, comps, mains, (rank, rank_back) in found:
+        there, back = ([ids[number] for number in numbers] for numbers in (comps, mains))
+        line = {"id": identity, "ranked": there, "rank": rank, "ranked_comp_to_main": back, "rank_comp_to_main": rank_back}
+        yield json_text(line) + "\n"
 
 
 def _best(outputs_SN: Tensor, count: int) -> tuple[Tensor, Tensor]:
