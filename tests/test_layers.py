@@ -165,8 +165,8 @@ MAY_NAME_THEM = {  # modalities are data: all other modules use `mopefuse.modali
     "cli.predict": "--image and --text",
     "fusion._text_and_image": "methods that are defined for an image and a text",
     **dict.fromkeys(
-        ("data.sets.food101", "data.prepare", "data.sets.digit_questions", "data.sets.digit_masks", "data.sets.photo_grids",
-         "cli._prepare_display", "bench.loader"),
+        ("data.sets.food101", "data.prepare", "data.sets.digit_questions", "data.sets.digit_masks", "data.sets.digit_captions",
+         "data.sets.photo_grids", "cli._prepare_display", "bench.loader"),
         "written in the native format",
     ),
     **dict.fromkeys(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 from conftest import call
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.cross_decomposition import CCA
 from sklearn.gaussian_process.kernels import RBF
 from torch.nn import functional as F
@@ -21,6 +23,8 @@ import mopefuse
 from mopefuse.config.schema import Data, build_config
 from mopefuse.core import cache
 from mopefuse.data.load import load_data
+from mopefuse.data.sets.digit_captions import make as make_captions
+from mopefuse.data.sets.digit_questions import COLOURS
 from mopefuse.errors import MopefuseError
 from mopefuse.fusion.projection_fit import Landmarks, fit_projection
 from mopefuse.inference.predict import Predictor
@@ -376,3 +380,25 @@ def test_a_linear_run_is_trained_compared_audited_and_reported(run: Path, pairs:
     assert compared.returncode == 0 and "recall_at_10" in compared.stdout, compared.stderr
     reported = call("report", run, "-o", tmp_path / "page", "--audit")
     assert reported.returncode == 0, reported.stderr
+
+
+# -- generated captions
+
+
+def test_captions_of_neighbours_exchange_the_colours_of_two_digits(tmp_path: Path) -> None:
+    make_captions(tmp_path / "data", train=40, val=6, test=7)
+    make_captions(tmp_path / "again", train=40, val=6, test=7)
+    rows = read_rows(tmp_path / "data", "train")
+    assert rows == read_rows(tmp_path / "again", "train") and len(read_rows(tmp_path / "data", "test")) == 7
+    named = [dict(re.findall(r"the (\w+) digit is (\d)", row["text"])) for row in rows]
+    for one, other in zip(named[::2], named[1::2], strict=True):
+        (first, a), (second, b) = one.items()
+        assert other == {first: b, second: a} and a != b
+    for row, colours in zip(rows, named, strict=True):
+        image = np.array(Image.open(tmp_path / "data" / row["img"])).reshape(-1, 3)
+        hues = {tuple(np.sign(pixel // 100)) for pixel in image[image.max(axis=1) > 200]}
+        assert hues == {tuple(np.sign(np.array(COLOURS[colour]) // 100)) for colour in colours}
+
+
+def read_rows(folder: Path, split: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
