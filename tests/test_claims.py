@@ -173,6 +173,8 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_cross_attention::test_the_exported_graph_predicts_the_same "
         "test_cross_attention::test_the_exported_graph_masks_padding "
         "test_several::test_a_run_with_several_encoders_can_be_exported_and_reported "
+        "test_head_tokens::test_a_run_that_starts_there_is_an_ordinary_run "
+        "test_values_shown::test_an_export_speaks_of_values "
         "test_segmentation::test_an_onnx_bundle_has_the_metrics_of_its_run_and_an_encoder_can_be_swapped "
         "test_export::test_a_bundle_that_tokenizes_differently_is_not_published "
         "test_export::test_int8_weights_are_smaller_and_measured_before_and_after "

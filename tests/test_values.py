@@ -33,6 +33,7 @@ from mopefuse.tasks.base import get_task, task_from_facts
 from mopefuse.tasks.regression import Regression, parse_number
 
 SPECS = ("--main", "tiny:vision", "--comp", "tiny:text", "--device", "cpu")
+pytestmark = pytest.mark.usefixtures("short_starts")
 WORDS = {"red": 3, "green": 7, "blue": 1, "small": -2, "large": 5, "old": -4, "new": 2, "fine": 6}
 
 
@@ -62,7 +63,7 @@ def columns(table: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def run(prices: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(prices: Path, short_starts: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "prices"
     done = call("train", *SPECS, *columns(prices), "--out", out, "--epochs", "1", "--experts", "2")
     assert done.returncode == 0, done.stderr
