@@ -327,7 +327,7 @@ def test_a_csv_of_predictions_has_a_column_of_values(run: Path, prices: Path, tm
     assert [*rows[0]] == ["id", "value", "error"] and all(float(row["value"]) > 0 for row in rows)
 
 
-def test_eval_report_compare_and_export_handle_numbers(run: Path, prices: Path, tmp_path: Path) -> None:
+def test_eval_report_and_compare_handle_numbers(run: Path, prices: Path, tmp_path: Path) -> None:
     done = call("eval", run, "--json", "--device", "cpu")
     assert json.loads(done.stdout)["metrics"]["rmse"] > 0
     assert call("eval", run, "--min", "r2=0.999", "--device", "cpu").returncode == 10
@@ -338,6 +338,10 @@ def test_eval_report_compare_and_export_handle_numbers(run: Path, prices: Path, 
     assert "ridge regression, chosen on validation" in done.stderr
     compared = call("compare", run, tmp_path / "linear", "--json")
     assert [row["metrics"]["test"].keys() for row in json.loads(compared.stdout)["rows"]]
+
+
+@pytest.mark.matrix
+def test_an_export_predicts_the_values_of_the_run(run: Path, tmp_path: Path) -> None:
     done = call("export", run, "--format", "onnx", "-o", tmp_path / "bundle")
     assert done.returncode == 0, done.stderr
     ours, theirs = (mopefuse.load(path, device="cpu") for path in (run, tmp_path / "bundle"))
