@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -148,6 +148,26 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             done = call("export", trained, "-o", out, "--routing")
             assert done.returncode == 0, done.stderr
     return out
+
+
+@contextmanager
+def short_start() -> Iterator[None]:
+    """Fit each model of a warm start once and in few steps, for tests of anything but the start: otherwise it takes seconds.
+
+    It holds for trainings in this process.
+    """
+    with pytest.MonkeyPatch.context() as changes:
+        changes.setattr("mopefuse.fusion.baselines._MANY_HELD_OUT", 1)  # no cross-validation
+        changes.setattr("mopefuse.fusion.mlp_fit._STEPS", (20, 20_000))
+        changes.setattr("mopefuse.fusion.token_reader_fit._STEPS", (20, 10_000))
+        yield
+
+
+@pytest.fixture(scope="module")
+def short_starts() -> Iterator[None]:
+    """`short_start` for all tests of a module, and for its fixtures that use this one."""
+    with short_start():
+        yield
 
 
 def code_of(action: Callable[[], object]) -> str:

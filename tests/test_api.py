@@ -386,6 +386,7 @@ def test_a_loaded_run_has_its_labels_and_predicts_like_the_predictor(trained: Pa
 # -- the page
 
 
+@pytest.mark.usefixtures("short_starts")
 def test_every_code_block_of_the_page_runs(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Run the page like a script, in a folder with data; the loop's model predicts the same when it is loaded again."""
     (tmp_path / "data").symlink_to(pairs)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, call, code_of, make_pairs, matrix
+from conftest import PLAIN, TINY, call, code_of, make_pairs, matrix
 
 from mopefuse.config.recipe import changed_data, data_settings
 from mopefuse.config.schema import Data, RunConfig, build_config
@@ -170,7 +170,7 @@ def test_a_column_may_be_named_by_either_flag_or_both() -> None:
 
 
 def test_a_modality_that_no_encoder_reads_gives_a_notice_before_training(pairs: Path, tmp_path: Path) -> None:
-    both = ("--main", "tiny:text", "--comp", "tiny:text?pool=mean", "--device", "cpu", "--experts", "2")
+    both = ("--main", "tiny:text", "--comp", "tiny:text?pool=mean", "--device", "cpu", "--experts", "2", *PLAIN)
     done = call("train", *both, "--data", pairs, "--out", tmp_path / "run", "--steps", "1")
     assert done.returncode == 0, done.stderr
     line = "no encoder reads image: --main tiny:text, --comp tiny:text?pool=mean read text; to use it, add an encoder"

@@ -15,12 +15,12 @@ from mopefuse.config.method_defaults import CONDITIONAL
 from mopefuse.config.schema import build_config
 from mopefuse.config.setting_paths import flatten
 from mopefuse.core.tensor_files import read_tensors
-from mopefuse.fusion import mlp_fit
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
 
 ENCODERS = ("--main", "tiny:vision", "--comp", "tiny:text", "--device", "cpu", "--experts", "2", "--batch", "6")
 FEW = ("--set", "linear.strengths=[0.1]")
+pytestmark = pytest.mark.usefixtures("short_starts")
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -32,10 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pairs(tmp_path_factory.mktemp("pairs") / "data", counts={"train": 20, "val": 7, "test": 5})
 
 
-def test_the_default_stack_trains_resumes_and_is_evaluated(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mlp_fit, "_STEPS", (20, 20_000))  # a thousand steps take seconds
+def test_the_default_stack_trains_resumes_and_is_evaluated(data: Path, tmp_path: Path) -> None:
     schedule = ("--set", "train.schedule=constant", "--set", "train.warmup=0")  # others depend on the number of epochs
     train = ("train", *ENCODERS, *FEW, *schedule, "--data", data)
     assert call(*train, "--out", tmp_path / "whole", "--epochs", 2).returncode == 0

@@ -52,6 +52,8 @@ def fitted(table: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "NETWORKS", NETWORKS[:1])
         patch.setattr(fitting, "TRAINED", TRAINED[:2])
+        patch.setattr("mopefuse.fusion.baselines._MANY_HELD_OUT", 1)  # the start of conditional prompts: no cross-validation
+        patch.setattr("mopefuse.fusion.token_reader_fit._STEPS", (20, 10_000))
         done = call("fit", table, *TINY, "--budget", "1h", "--out", out, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     return out, json.loads(done.stdout)

@@ -26,6 +26,7 @@ from mopefuse.runs.load import load_model
 CPU = torch.device("cpu")
 NO_PROMPTS = {"prompts": {"static": 0, "dynamic": 0, "mapped": 0, "film": False}}
 SPECS = ("--main", "tiny:vision", "--comp", "tiny:text")
+pytestmark = pytest.mark.usefixtures("short_starts")
 
 
 @pytest.fixture(scope="module")
@@ -99,23 +100,18 @@ def test_step_0_equals_the_fitted_cross_attention(
     assert done.returncode == 0, done.stderr
     facts = json.loads((out / "start.json").read_text(encoding="utf-8"))
     assert facts["best"] == facts["trained_from"] == "cross-attention to the output tokens of main"
-    best = min(fitted, key=lambda logits_SN: float(torch.nn.functional.cross_entropy(logits_SN, val_targets(data))))
+    actual = load_data(Data(path=str(data))).targets("val")
+    best = min(fitted, key=lambda logits_SN: float(torch.nn.functional.cross_entropy(logits_SN, actual)))
     model = mopefuse.load_model(out)
     rows = [json.loads(line) for line in (data / "val.jsonl").read_text().splitlines()]
     with torch.no_grad():
         found = model(model.collate([data / row["img"] for row in rows], [row["text"] for row in rows])).logits
     torch.testing.assert_close(found, best, atol=1e-4 if precision == "float32" else 0.02, rtol=0)
-    score = float((best.argmax(dim=1) == val_targets(data)).double().mean())
+    score = float((best.argmax(dim=1) == actual).double().mean())
     assert facts["cross_attention"]["score"] == pytest.approx(score)
 
 
-def val_targets(data: Path) -> torch.Tensor:
-    return load_data(Data(path=str(data))).targets("val")
-
-
-def test_a_run_that_starts_there_resumes_exactly_and_is_an_ordinary_run(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_starts_there_resumes_exactly(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only_cross_attention(monkeypatch)
     options = (*SPECS, "--data", data, "--set", "train.schedule=constant", "--set", "train.warmup=0")
     for out, epochs, more in (("whole", 2, ()), ("parts", 1, ()), ("parts", 2, ("--resume",))):
@@ -126,7 +122,13 @@ def test_a_run_that_starts_there_resumes_exactly_and_is_an_ordinary_run(
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
     start = read_tensors(RunFolder(tmp_path / "whole").checkpoint("step-0")[0] / "weights.safetensors")
     assert not torch.equal(whole["reader.key.weight"], start["reader.key.weight"])
-    check_eval_report_and_export(tmp_path / "whole", tmp_path)
+
+
+@pytest.mark.matrix
+def test_a_run_that_starts_there_is_an_ordinary_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_cross_attention(monkeypatch)
+    assert call("train", *SPECS, "--data", data, "--out", tmp_path / "run", "--epochs", 1).returncode == 0
+    check_eval_report_and_export(tmp_path / "run", tmp_path)
 
 
 def test_images_are_encoded_once_for_prefixes_pooled_features_and_tokens(

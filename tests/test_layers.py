@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -45,25 +46,33 @@ def name_of(file: Path) -> str:
     return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip(".")
 
 
-def imports(file: Path, *, for_types: bool = True) -> set[str]:
+MODULES = {name_of(file) for file in FILES}
+
+
+@functools.cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def imports(file: Path, *, for_types: bool = True) -> frozenset[str]:
     """The modules of mopefuse that a file imports, without the prefix ``mopefuse.``, including imports in functions.
 
     Args:
         for_types: also those imported under ``if TYPE_CHECKING``.
     """
-    modules = {name_of(path) for path in FILES}
     found = set()
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    body = tree_of(file).body
     if not for_types:
-        tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
-    for node in ast.walk(tree):
+        body = [node for node in body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
+    for node in ast.walk(ast.Module(body, [])):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name_of(file)} imports relatively"
             both = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name.removeprefix("mopefuse.") in modules else str(node.module) for name in both}
-    return {name.removeprefix("mopefuse.") for name in found if name.startswith("mopefuse.")}
+            found |= {name if name.removeprefix("mopefuse.") in MODULES else str(node.module) for name in both}
+    return frozenset(name.removeprefix("mopefuse.") for name in found if name.startswith("mopefuse."))
 
 
 def allowed(importer: str, imported: str) -> bool:
@@ -183,7 +192,7 @@ MAY_NAME_THEM = {  # modalities are data: all other modules use `mopefuse.modali
 def test_only_listed_modules_name_concrete_modalities() -> None:
     found = set()
     for file in FILES:
-        words = {node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)}
+        words = {node.value for node in ast.walk(tree_of(file)) if isinstance(node, ast.Constant)}
         if words & NAMES_OF_MODALITIES and not name_of(file).startswith("encoders."):
             found.add(name_of(file))
     assert found == MAY_NAME_THEM.keys()
@@ -192,7 +201,7 @@ def test_only_listed_modules_name_concrete_modalities() -> None:
 def test_nothing_loads_pickles() -> None:
     """No `pickle`, no `torch.load`, no `yaml.load` with a loader that makes objects: safetensors, JSON and plain YAML only."""
     for file in FILES:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(file)):
             if isinstance(node, ast.Import):
                 assert not {alias.name for alias in node.names} & {"pickle", "dill", "cloudpickle", "shelve"}, file
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):

@@ -17,6 +17,7 @@ from mopefuse.training.train import train
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "recipes" / "studies").glob("*.yaml"))
 RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path not in STUDIES]
+pytestmark = pytest.mark.usefixtures("short_starts")
 
 
 def cells_of(study: Study) -> list[Cell]:

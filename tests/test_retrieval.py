@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from conftest import call, matrix
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -302,7 +302,7 @@ def test_a_search_among_equal_features_is_fitted_without_an_error() -> None:
     assert all(weight_EM.isfinite().all() for weight_EM in found.weights_EM)
 
 
-@pytest.mark.parametrize("form", ["adapter", "pt2", pytest.param("onnx", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("form", matrix(["adapter", "pt2", "onnx"], ["adapter"]))
 def test_an_export_ranks_as_the_run_does(run: Path, pairs: Path, tmp_path: Path, form: str) -> None:
     out = tmp_path / form
     done = call("export", run, "-o", out, "--format", form)

@@ -245,7 +245,7 @@ def test_an_invalid_search_space_is_refused_before_the_first_trial(
 
 
 def test_encoders_can_be_part_of_the_search_space(pairs: Path, tmp_path: Path) -> None:
-    settings = {"comp": "tiny:text", "device": "cpu", "data.path": str(pairs), "train": {"max_steps": 1}}
+    settings = {"comp": "tiny:text", "device": "cpu", "data.path": str(pairs), "train": {"max_steps": 1}, **PLAIN_SETTINGS}
     space = {"main": ["tiny:vision", "tiny:vision-b"]}
     file = write_search(tmp_path, pairs, settings=settings, search={"trials": 1, "space": space})
     (trial,) = run_search(read_study(str(file)), tmp_path / "out").trials

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call, plain_config
+from conftest import call, plain_config, short_start
 from test_fusion import TEXTS, build, images, open_gates
 from test_swap import SMALL, config_of, kept, pair
 
@@ -205,10 +205,9 @@ def test_late_concat_keeps_the_columns_of_the_other_encoders() -> None:
 @pytest.fixture(scope="module")
 def run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("several") / "run"
-    done = call(
-        "train", "--main", "tiny:vision", "--comp", TWO[0], "--comp", TWO[1], "--experts", 3, "--data", pairs, "--out", folder,
-        "--set", "train.max_steps=3", "--device", "cpu",
-    )  # fmt: skip
+    command = ("train", "--main", "tiny:vision", "--comp", TWO[0], "--comp", TWO[1], "--experts", 3, "--data", pairs)
+    with short_start():
+        done = call(*command, "--out", folder, "--set", "train.max_steps=3", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     return folder
 

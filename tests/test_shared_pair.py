@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import random
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from PIL import Image
 import mopefuse
 from mopefuse.errors import MopefuseError
 from mopefuse.fusion.base import Fusion
+from mopefuse.inference.predict import Predictor
 from mopefuse.serving.engine import grouped
 from mopefuse.serving.engine.adapter_weights import can_share
 from mopefuse.serving.engine.engine import Engine, EngineSettings
@@ -106,12 +108,16 @@ def samples(names: Sequence[str], *, each: int = 3, seed: int = 0) -> list[Reque
     return found
 
 
+@functools.cache
+def predictor_of(adapter: Path) -> Predictor:
+    return mopefuse.load(adapter)
+
+
 def expected(folder: Path, request: Request) -> dict[str, Any]:
     """The prediction of the model alone for the sample alone."""
     image, text = request.values.get("image"), request.values.get("text")
     pixels = None if image is None else Image.open(io.BytesIO(image))  # type: ignore[arg-type]
-    predictor = mopefuse.load(folder / request.model)
-    return predictor.predict([pixels], [text], top=request.top, routing=request.routing)[0]
+    return predictor_of(folder / request.model).predict([pixels], [text], top=request.top, routing=request.routing)[0]
 
 
 def numbers(prediction: object) -> Iterator[float]:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY, matrix
+from conftest import PLAIN_SETTINGS, TINY, matrix
 
 CLOSED = "<&- >&- 2>&-"
 
@@ -43,7 +43,7 @@ def test_training_finishes_with_closed_streams(pairs: Path, tmp_path: Path, stre
 def test_a_study_finishes_with_closed_streams(pairs: Path, tmp_path: Path) -> None:
     """Its cells are separate processes, which inherit the closed streams."""
     settings = {"main": "tiny:vision", "comp": "tiny:text", "device": "cpu", "data.path": str(pairs)}
-    settings |= {"train.max_steps": 1, "train.batch_size": 4}
+    settings |= {"train.max_steps": 1, "train.batch_size": 4, **PLAIN_SETTINGS}
     (tmp_path / "study.yaml").write_text(json.dumps({"settings": settings, "seeds": [0, 1], "grid": {"prompts.experts": [2]}}))
     done = shell("study", tmp_path / "study.yaml", "--out", tmp_path / "out", "--jobs", 2, streams=CLOSED)
     cells = json.loads((tmp_path / "out" / "study.json").read_text())["cells"]

@@ -33,6 +33,7 @@ from mopefuse.tasks.base import get_task, task_from_facts
 from mopefuse.tasks.regression import Regression, parse_number
 
 SPECS = ("--main", "tiny:vision", "--comp", "tiny:text", "--device", "cpu")
+pytestmark = pytest.mark.usefixtures("short_starts")
 WORDS = {"red": 3, "green": 7, "blue": 1, "small": -2, "large": 5, "old": -4, "new": 2, "fine": 6}
 
 
@@ -62,7 +63,7 @@ def columns(table: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def run(prices: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(prices: Path, short_starts: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "prices"
     done = call("train", *SPECS, *columns(prices), "--out", out, "--epochs", "1", "--experts", "2")
     assert done.returncode == 0, done.stderr
@@ -326,7 +327,7 @@ def test_a_csv_of_predictions_has_a_column_of_values(run: Path, prices: Path, tm
     assert [*rows[0]] == ["id", "value", "error"] and all(float(row["value"]) > 0 for row in rows)
 
 
-def test_eval_report_compare_and_export_handle_numbers(run: Path, prices: Path, tmp_path: Path) -> None:
+def test_eval_report_and_compare_handle_numbers(run: Path, prices: Path, tmp_path: Path) -> None:
     done = call("eval", run, "--json", "--device", "cpu")
     assert json.loads(done.stdout)["metrics"]["rmse"] > 0
     assert call("eval", run, "--min", "r2=0.999", "--device", "cpu").returncode == 10
@@ -337,6 +338,10 @@ def test_eval_report_compare_and_export_handle_numbers(run: Path, prices: Path, 
     assert "ridge regression, chosen on validation" in done.stderr
     compared = call("compare", run, tmp_path / "linear", "--json")
     assert [row["metrics"]["test"].keys() for row in json.loads(compared.stdout)["rows"]]
+
+
+@pytest.mark.matrix
+def test_an_export_predicts_the_values_of_the_run(run: Path, tmp_path: Path) -> None:
     done = call("export", run, "--format", "onnx", "-o", tmp_path / "bundle")
     assert done.returncode == 0, done.stderr
     ours, theirs = (mopefuse.load(path, device="cpu") for path in (run, tmp_path / "bundle"))
@@ -430,8 +435,9 @@ def test_swapping_an_encoder_keeps_the_task(run: Path, tmp_path: Path) -> None:
     assert old == new and new["name"] == "regression"
 
 
-def test_fit_chooses_a_regression(prices: Path, tmp_path: Path) -> None:
-    done = call("fit", prices, *SPECS[:4], "--budget", "20s", "--out", tmp_path / "fit")
+def test_fit_chooses_a_regression(prices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mopefuse.autofit.fit.TRAINED", ())  # they take the longest
+    done = call("fit", prices, *SPECS[:4], "--budget", "1h", "--out", tmp_path / "fit")
     assert done.returncode == 0, done.stderr
     assert "training " in done.stderr and "{linear}" not in done.stderr + done.stdout
     assert "calibration_error" not in done.stdout and "ridge" in (tmp_path / "fit" / "leaderboard.md").read_text()

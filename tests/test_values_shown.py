@@ -15,6 +15,8 @@ import mopefuse
 from mopefuse.errors import MopefuseError
 from mopefuse.metrics.names import write_change, write_metric, write_number
 
+pytestmark = pytest.mark.usefixtures("short_starts")
+
 
 def make_offers(folder: Path) -> Path:
     """Rows with two numbers of different units, which depend on words and on how bright the image is."""
@@ -36,7 +38,7 @@ def offers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(offers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(offers: Path, short_starts: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "offers"
     options = ("--set", "regression.loss=quantile", "--epochs", "1", "--experts", "2", "--modality-dropout", "0.2")
     done = call("train", *SPECS, "--data", offers, "--out", out, *options)
@@ -132,6 +134,7 @@ def test_settings_about_classes_say_that_they_have_no_effect(offers: Path, tmp_p
     assert done.returncode == 0 and "--top has no effect: the task is regression" in done.stderr
 
 
+@pytest.mark.matrix
 def test_an_export_speaks_of_values(run: Path, tmp_path: Path) -> None:
     done = call("export", run, "--format", "onnx", "--int8", "-o", tmp_path / "bundle")
     assert done.returncode == 0, done.stderr

@@ -153,7 +153,10 @@ AUTO: list[dict[str, Any]] = [{"head_hidden": 0}, {"head_hidden": 8}, {"main": "
 
 
 @pytest.mark.parametrize("changed", matrix(AUTO, AUTO[1:2]), ids=str)
-def test_step_0_of_auto_is_the_best_baseline(data: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+def test_step_0_of_auto_is_the_best_baseline(
+    data: Path, tmp_path: Path, changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mopefuse.fusion.mlp_fit._STEPS", (50, 20_000))  # a thousand steps take seconds
     settings = config(data, **{"warm_start": "auto", "head_features": "all", "head_hidden": 8, "train__epochs": 0, **changed})
     train(settings, tmp_path / "run")
     how = FitSettings(3, SINGLE, threshold=0.5, balanced=False, settings=settings.linear)
@@ -169,7 +172,10 @@ def test_step_0_of_auto_is_the_best_baseline(data: Path, tmp_path: Path, changed
 
 
 @pytest.mark.soak
-def test_training_continues_from_the_baseline_with_the_lowest_loss_also_when_resumed(data: Path, tmp_path: Path) -> None:
+def test_training_continues_from_the_baseline_with_the_lowest_loss_also_when_resumed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mopefuse.fusion.mlp_fit._STEPS", (50, 20_000))
     settings = config(data, warm_start="auto", head_features="all", head_hidden=8, train__epochs=0)
     train(settings, tmp_path / "start")
     folder = RunFolder(tmp_path / "start")

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 LIBRARIES = (  # not onnxruntime, which starts a thread when it is imported: a fork has no other threads
-    "torch", "torch.distributed", "torch.utils.data", "torchvision", "timm", "open_clip", "transformers",
+    "torch", "torch._dynamo", "torch.distributed", "torch.utils.data", "torchvision", "timm", "open_clip", "transformers",
     "transformers.models.auto.modeling_auto", "tokenizers", "huggingface_hub", "safetensors.torch", "sklearn.metrics",
     "sklearn.linear_model", "scipy.sparse", "scipy.stats", "pydantic", "typer", "rich.console", "rich.progress", "rich.table",
     "yaml", "jinja2", "PIL.Image",

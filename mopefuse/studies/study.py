@@ -40,6 +40,8 @@ from mopefuse.training.resume import diff_settings
 
 WAITING, RUNNING, FINISHED, FAILED, STOPPED = "waiting", "running", "finished", "failed", "stopped"
 _POLL_SECONDS = 0.2  # between two checks for a stop signal
+_IMPORTED_ONCE = ["mopefuse.studies.cell_process", "torch._dynamo", "sklearn.metrics"]
+"""Modules that the server of cell processes imports for all of them; every training uses the last two, which take seconds."""
 
 
 @dataclass
@@ -255,7 +257,7 @@ class Schedule:
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
-            context.set_forkserver_preload(["mopefuse.studies.cell_process"])  # imports once for all cells
+            context.set_forkserver_preload(_IMPORTED_ONCE)
         ours, theirs = context.Pipe()
         run = (self.out / status.cell.folder).absolute()
         task = Task(status.cell.config, run, directory=os.getcwd(), threads=max(1, torch.get_num_threads() // self.jobs))
