@@ -14,14 +14,15 @@ from mopefuse.errors import CheckpointError, ConfigError, DataError
 from mopefuse.runs.load import open_run
 
 LOAD_A_MODEL_WITHOUT_DATA = {"training.swap", "export.export", "inference.load_model", "inference.run_model"}
-HAVE_THE_DATA = {"autofit.finish", "autofit.tryouts"}
+HAVE_THE_DATA = {"autofit.finish", "autofit.tryouts", "evaluation.rerank"}
 
 
 def test_code_that_needs_model_and_data_uses_open_run() -> None:
     users = {name_of(file) for file in FILES if "load_model(" in file.read_text() and name_of(file) != "runs.load"}
     assert users == LOAD_A_MODEL_WITHOUT_DATA | HAVE_THE_DATA
     users = {name_of(file) for file in FILES if "open_run(" in file.read_text()} - {"runs.load"}
-    assert users == {"evaluation.evaluate", "evaluation.audit", "evaluation.missing_modalities", "report.run_report"}
+    evaluations = {f"evaluation.{name}" for name in ("evaluate", "audit", "missing_modalities", "rerank")}
+    assert users == {*evaluations, "report.run_report"}
 
 
 def test_the_split_defaults_to_test_or_validation(trained: Path, pairs: Path, tmp_path: Path) -> None:
