@@ -21,7 +21,7 @@ def test_code_that_needs_model_and_data_uses_open_run() -> None:
     users = {name_of(file) for file in FILES if "load_model(" in file.read_text() and name_of(file) != "runs.load"}
     assert users == LOAD_A_MODEL_WITHOUT_DATA | HAVE_THE_DATA
     users = {name_of(file) for file in FILES if "open_run(" in file.read_text()} - {"runs.load"}
-    evaluations = {f"evaluation.{name}" for name in ("evaluate", "audit", "missing_modalities", "rerank")}
+    evaluations = {f"evaluation.{name}" for name in ("evaluate", "audit", "candidates", "missing_modalities", "rerank")}
     assert users == {*evaluations, "report.run_report"}
 
 
