@@ -106,7 +106,7 @@ def _raised(tree: ast.Module, path: Path) -> Iterator[tuple[type[errors.Mopefuse
     A number is a constant of `mopefuse.core.error_codes`. Where it is a variable, it comes from tuples of the same module that
     start with a number and a message. A message that is a variable has the value last assigned to it above.
     """
-    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
+    assigned = [*_assignments(tree)]
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in KINDS and node.args):
             continue
@@ -118,12 +118,23 @@ def _raised(tree: ast.Module, path: Path) -> Iterator[tuple[type[errors.Mopefuse
         yield from ((kind, number, _template(_resolve(message, assigned))) for number, message in known)
 
 
-def _resolve(message: ast.expr, assigned: list[ast.Assign]) -> ast.expr:
+def _assignments(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
+    """Iterate over variables and what is assigned to them, alone or in ``what, fix = ...``."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Assign):
+            continue
+        target, value = node.targets[0], node.value
+        both = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts)
+        pairs = zip(target.elts, value.elts, strict=True) if both else [(target, value)]
+        yield from ((name.id, expression) for name, expression in pairs if isinstance(name, ast.Name))
+
+
+def _resolve(message: ast.expr, assigned: list[tuple[str, ast.expr]]) -> ast.expr:
     """Resolve a variable to the expression last assigned to it."""
     if not isinstance(message, ast.Name):
         return message
-    above = [node for node in assigned if ast.unparse(node.targets[0]) == message.id and node.lineno < message.lineno]
-    return max(above, key=lambda node: node.lineno).value if above else message
+    above = [value for name, value in assigned if name == message.id and value.lineno < message.lineno]
+    return max(above, key=lambda value: value.lineno) if above else message
 
 
 def _pair(node: ast.AST) -> list[ast.expr]:

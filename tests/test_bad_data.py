@@ -21,6 +21,7 @@ from conftest import TINY, call, make_pairs, ranks, thinned, write_rows
 from PIL import Image
 
 from mopefuse.config.schema import Data
+from mopefuse.data.bad_rows import _allow
 from mopefuse.data.load import load_data
 from mopefuse.encoders.base import create_encoder
 
@@ -338,6 +339,7 @@ def test_all_bad_rows_are_reported_and_not_only_the_first(tmp_path: Path) -> Non
 
 def test_an_image_that_becomes_unreadable_during_training_is_an_error_with_its_sample(pairs: Path, tmp_path: Path) -> None:
     from mopefuse.config.schema import Data
+from mopefuse.data.bad_rows import _allow
     from mopefuse.data.collate import Samples
     from mopefuse.data.load import load_data
     from mopefuse.errors import DataError
@@ -363,3 +365,10 @@ def test_a_very_long_text_is_prepared_quickly(characters: int) -> None:
     assert inputs["ids"].shape[1] == preprocess.describe()["max_tokens"]
 
 
+
+
+@pytest.mark.parametrize(("bad", "total"), [(1, 3), (1, 12), (29, 100), (57, 100), (29, 50), (7, 700), (99, 100)])
+def test_the_fraction_that_a_message_suggests_is_enough(bad: int, total: int) -> None:
+    text = _allow(bad, total, Data(max_bad_fraction=0.0), "--on-bad skip")
+    share = float(text.partition("max_bad_fraction=")[2].split()[0]) if text else 1.0
+    assert bad <= share * total and (share == 1.0 or share <= bad / total + 0.0101)

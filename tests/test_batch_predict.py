@@ -130,7 +130,7 @@ def shards(tables: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "shards"
     folder.mkdir()
     rows = [json.loads(line) for line in (tables / "a.jsonl").read_text().splitlines()]
-    for name, part in (("x-0.tar", rows[:5]), ("x-1.tar", rows[5:])):
+    for name, part in (("x-0-of-2.tar", rows[:5]), ("x-1-of-2.tar", rows[5:])):
         members: dict[str, bytes | str] = {}
         for row in part:
             members |= {f"{row['id']}.png": (tables / row["img"]).read_bytes(), f"{row['id']}.txt": row["text"]}
@@ -141,26 +141,33 @@ def shards(tables: Path, tmp_path: Path) -> Path:
 def test_tar_shards_equal_predict_byte_for_byte(
     trained: Path, tables: Path, shards: Path, here: SimpleNamespace, tmp_path: Path
 ) -> None:
-    done = batch(trained, f"{shards}/x-{{0,1}}.tar", "-o", tmp_path / "out")
+    done = batch(trained, f"{shards}/x-{{0,1}}-of-2.tar", "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert here.predicted == ["part-00000-00000", "part-00000-00001", "part-00001-00000"]
-    assert lines_in(tmp_path / "out") == expected(trained, shards, "x-0.tar", "x-1.tar")
+    assert lines_in(tmp_path / "out") == expected(trained, shards, "x-0-of-2.tar", "x-1-of-2.tar")
     found, wanted = (
         [json.loads(line) for line in lines] for lines in (lines_in(tmp_path / "out"), expected(trained, tables, "a.jsonl"))
     )
     assert [row["label"] for row in found] == [row["label"] for row in wanted]
-    assert [row["id"] for row in found] == [f"x-{at // 5}/{row['id']}" for at, row in enumerate(wanted)]
+    assert [row["id"] for row in found] == [f"x-{at // 5}-of-2/{row['id']}" for at, row in enumerate(wanted)]
+
+
+def test_an_archive_next_to_tables_is_not_one_of_them(tables: Path, shards: Path) -> None:
+    shutil.copy(shards / "x-0-of-2.tar", tables / "photos.tar")
+    assert [file.name for file in inputs.list_files([str(tables)])] == ["a.jsonl", "b.csv", "c.jsonl"]
+    assert [file.name for file in inputs.list_files([str(shards)])] == ["x-0-of-2.tar", "x-1-of-2.tar"]
+    assert [file.name for file in inputs.list_files([f"{tables}/*.tar"])] == ["photos.tar"]
 
 
 def test_a_damaged_shard_costs_only_its_own_rows(trained: Path, shards: Path, here: SimpleNamespace, tmp_path: Path) -> None:
-    whole = (shards / "x-1.tar").read_bytes()
-    (shards / "x-1.tar").write_bytes(whole[:2048])
+    whole = (shards / "x-1-of-2.tar").read_bytes()
+    (shards / "x-1-of-2.tar").write_bytes(whole[:2048])
     done = batch(trained, shards, "-o", tmp_path / "out")
-    assert done.returncode == 4 and "x-1.tar is damaged" in done.stderr and "replace it" in done.stderr, done.stderr
+    assert done.returncode == 4 and "x-1-of-2.tar is damaged" in done.stderr and "replace it" in done.stderr, done.stderr
     assert len(lines_in(tmp_path / "out")) == 5
-    (shards / "x-1.tar").write_bytes(whole)
+    (shards / "x-1-of-2.tar").write_bytes(whole)
     assert batch(trained, shards, "-o", tmp_path / "out").returncode == 0
-    assert lines_in(tmp_path / "out") == expected(trained, shards, "x-0.tar", "x-1.tar")
+    assert lines_in(tmp_path / "out") == expected(trained, shards, "x-0-of-2.tar", "x-1-of-2.tar")
 
 
 def test_partitions_together_are_the_whole_table(tmp_path: Path) -> None:

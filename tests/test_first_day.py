@@ -105,6 +105,13 @@ def test_a_compressed_shard_is_named_with_its_remedy(tmp_path: Path) -> None:
     assert done.returncode == 4 and "decompress train.tar.gz" in done.stderr
 
 
+def test_an_archive_of_images_is_not_taken_for_a_missing_split(pairs: Path, tmp_path: Path) -> None:
+    shutil.copy(pairs / "train.jsonl", tmp_path)
+    (tmp_path / "images.tar.gz").touch()
+    done = call("train", *TINY, "--data", tmp_path, "--image-root", pairs, "--out", tmp_path / "run")
+    assert "decompress" not in done.stderr and "--val-fraction 0.1" in done.stderr
+
+
 def test_predict_on_a_folder_or_an_image_is_an_error_that_names_valid_inputs(trained: Path, pairs: Path) -> None:
     done = call("predict", trained, pairs)
     assert done.returncode == 3 and f"{pairs} is a folder" in done.stderr and str(pairs / "test.jsonl") in done.stderr
@@ -170,6 +177,8 @@ def test_a_table_with_other_column_names_gets_the_flags_of_all_of_them(pairs: Pa
     flags = "--image-col Bild --text-col 'Titel des Artikels' --label-col Sorte"
     done = call("train", *TINY, "--data", tmp_path / "things.jsonl", "--out", tmp_path / "run")
     assert done.returncode == 4 and f"fix: add {flags}" in done.stderr
+    search = call("train", *TINY, "--task", "retrieval", "--data", tmp_path / "things.jsonl", "--out", tmp_path / "run")
+    assert search.stderr.rstrip().endswith("fix: add --image-col Bild --text-col 'Titel des Artikels'"), "pairs have no label"
     checked = call("data", "check", tmp_path / "things.jsonl").stdout
     assert any("missing-column" in line and f"add {flags}" in line for line in checked.splitlines())
 

@@ -281,6 +281,17 @@ def ranked(*command: object) -> list[list[dict[str, Any]]]:
     return [json.loads(line)["ranked"] for line in done.stdout.splitlines()]
 
 
+def test_only_the_run_s_own_splits_are_stored_and_predictions_have_a_file(run: Path, matcher: Path, pairs: Path) -> None:
+    (run / STORED).unlink(missing_ok=True)
+    before = (run / "predictions.jsonl").read_bytes()
+    done = call("eval", run, "--rerank", matcher, "--data", pairs / "train.jsonl", "--split", "val", "--json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    facts, (stored,) = json.loads(done.stdout), json.loads((run / STORED).read_text()).values()
+    assert [*stored["metrics"]] == ["val"] and stored["metrics"]["val"]["without"] != facts["without"]
+    assert len(read_rows(Path(facts["predictions"]))) == len(read_rows(pairs / "train.jsonl"))
+    assert Path(facts["predictions"]).parent == run and (run / "predictions.jsonl").read_bytes() == before
+
+
 def test_a_matcher_that_is_no_better_changes_nothing(run: Path, matcher: Path, pairs: Path) -> None:
     """One epoch on 40 pairs teaches it nothing, as is measured and stored."""
     done = call("eval", run, "--rerank", matcher, "--device", "cpu", "--candidates", "5")
@@ -331,6 +342,7 @@ def test_what_cannot_be_re_ranked_is_said(run: Path, matcher: Path, pairs: Path,
         ),
         (("eval", run, "--rerank", tmp_path / "none"), "run not found"),
         (("eval", run, "--rerank", matcher, "--missing", "text=0.5"), "re-ranking needs both values of every pair"),
+        (("eval", run, "--candidates", "5"), "there is no matcher to re-rank candidates · --candidates · fix: add --rerank"),
         (("predict", digits, test, "--rerank", matcher), "and ranks nothing · --rerank · fix: remove --rerank"),
         (("predict", run, test, "--rerank", matcher), "MF-CFG-412"),
         (

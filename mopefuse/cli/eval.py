@@ -47,7 +47,9 @@ def evaluate(
     missing: Missing = None,
     missing_seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of --missing.")] = 0,
     rerank: Rerank = None,
-    candidates: Annotated[int, typer.Option(min=1, max=10**6, help="Candidates that --rerank re-ranks for each query.")] = 20,
+    candidates: Annotated[
+        int | None, typer.Option(min=1, max=10**6, help="Candidates that --rerank re-ranks for each query. Default: 20.")
+    ] = None,
     device: Device = "auto",
     main: OtherMain = None,
     comp: OtherComp = None,
@@ -74,9 +76,10 @@ def evaluate(
     _check(run, split, data, settings, out, single=shares is not None, gated=bool(gates))
     options: dict[str, Any] = {"split": split, "data": data, "layout": layout, "checkpoint": checkpoint, "device": device}
     options |= {"main": main, "comp": comp}
+    _check_rerank(rerank, candidates, missing)
     if rerank is not None:
-        _refuse_missing(missing)
-        _evaluate_reranked(run, rerank, options | {"candidates": candidates, "predictions": out}, gates, json=json)
+        options |= {"candidates": candidates or 20, "predictions": out or _reranked_file(run, options)}
+        _evaluate_reranked(run, rerank, options, gates, json=json)
     elif missing:
         _evaluate_missing(run, shares, options | {"seed": missing_seed}, gates, out, json=json)
     else:
@@ -191,10 +194,20 @@ def _evaluate_missing(
     check_gates(last.metrics, gates)
 
 
-def _refuse_missing(missing: list[str] | None) -> None:
+def _reranked_file(run: Path, options: dict[str, Any]) -> Path | None:
+    """The file in a run for its re-ranked predictions."""
+    file = _predictions_file(run, {**options, "data": options["data"] or run})
+    return file.with_stem(f"{file.stem}-reranked") if file else None
+
+
+def _check_rerank(rerank: Path | None, candidates: int | None, missing: list[str] | None) -> None:
+    """Check the options of re-ranking together."""
     from mopefuse.errors import ConfigError
 
-    if missing:
+    if candidates is not None and rerank is None:
+        what, fix = "there is no matcher to re-rank candidates", "add --rerank MATCHER, or remove --candidates"
+        raise ConfigError(ConfigCode.CANNOT_RERANK, what, where="--candidates", fix=fix)
+    if rerank is not None and missing:
         what, fix = "re-ranking needs both values of every pair", "remove --missing or --rerank"
         raise ConfigError(ConfigCode.CANNOT_RERANK, what, where="--missing", fix=fix)
 
@@ -214,7 +227,8 @@ def _evaluate_reranked(run: Path, matcher: Path, options: dict[str, Any], gates:
     stored = vars(found.stored)
     if json:
         facts = {"run": str(run), "split": found.split, "metrics": found.metrics, "without": found.without}
-        _print_gated(found.metrics, gates, {**facts, "rerank": {"matcher": str(matcher), **stored}})
+        facts |= {"predictions": str(found.predictions), "rerank": {"matcher": str(matcher), **stored}}
+        _print_gated(found.metrics, gates, facts)
         return
     both = zip(found.without.items(), found.metrics.values(), strict=True)
     rows = [[name, write_metric(name, before), write_metric(name, after)] for (name, before), after in both]
@@ -224,6 +238,7 @@ def _evaluate_reranked(run: Path, matcher: Path, options: dict[str, Any], gates:
     else:
         what = f"the {found.stored.candidates} best candidates are re-ranked"
         out().print(f"weight {found.stored.weight:g}, chosen on val; {what}")
+    out().print(f"predictions: {found.predictions}", markup=False)
     check_gates(found.metrics, gates)
 
 

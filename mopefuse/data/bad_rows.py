@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,7 +48,7 @@ def skip_bad_rows(index: Index, source: FileSource, root: Path, config: DataConf
         if len(problems) <= config.max_bad_fraction * total:
             return tuple(problems)
         what = f"{len(problems)} of {total} rows are bad; at most a fraction of {config.max_bad_fraction:g} may be skipped"
-        fix = f"correct them{_allow(len(problems), total, config)}"
+        fix = f"correct them{_allow(len(problems), total, config) if may_skip else ''}"
         raise DataError(DataCode.TOO_MANY_BAD_ROWS, f"{what}: {_join(problems)}", where=where, fix=fix)
     shown = unsafe or problems
     first = shown[0]
@@ -57,14 +56,14 @@ def skip_bad_rows(index: Index, source: FileSource, root: Path, config: DataConf
         skip = _allow(1, total, config, "--on-bad skip") if may_skip and not unsafe else ""
         raise data_error(first.code, first.what, where=first.where, fix=f"{first.fix}{skip}")
     code = first.code if len({problem.code for problem in shown}) == 1 else DataCode.BAD_ROW.text
-    columns = suggest_columns(config) if lack_columns(index) else ""
+    columns = suggest_columns(config) if may_skip and lack_columns(index) else ""
     fix = first.fix if unsafe else columns or f"{_common_fix(problems)}; mopefuse data check --json lists all"
     raise data_error(code, f"{several(len(shown), 'bad row')}: {_join(shown)}", where=where, fix=fix)
 
 
 def _allow(bad: int, total: int, config: DataConfig, flag: str = "") -> str:
     """How to leave out some bad rows, with a flag and the fraction that must be allowed; empty if all are bad."""
-    share = math.ceil(100 * bad / total) / 100
+    share = (100 * bad // total + 1) / 100  # more than enough, whatever the rounding
     more = f"--set data.max_bad_fraction={share:g}" if bad > config.max_bad_fraction * total else ""
     flags = " ".join(filter(None, (flag, more)))
     return f", or add {flags} to leave {'the row' if bad == 1 else 'them'} out" if share < 1 else ""

@@ -22,7 +22,7 @@ from mopefuse.modalities.files import Files
 from mopefuse.modalities.masks import NAME as MASK
 from mopefuse.modalities.masks import any_png, file_kind
 
-_TEXT = re.compile(r"(?!.*\.\w{2,5}$).* .*", re.DOTALL)  # words, without the end of the name of a file
+_TEXT = re.compile(r"(?!.*\.\w{2,5}$)[^/\\]* [^/\\]*", re.DOTALL)  # words, not the name of a file or a path
 _LOOKED_AT = 20  # names of files
 
 

@@ -17,7 +17,7 @@ from mopefuse.config.flags import flag_of
 from mopefuse.config.schema import COLUMN_SETTINGS
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.error_codes import DataCode
-from mopefuse.data.columns import COMMON_LABELS, EXPECTED, flag_for, get_column
+from mopefuse.data.columns import COMMON_LABELS, EXPECTED, flag_for, get_column, has_labels
 from mopefuse.data.label_cells import parse_list
 from mopefuse.data.labels_task import fix_of_decimal_commas, look_like_quantities
 from mopefuse.data.storage.paths import data_folder, data_path
@@ -64,7 +64,8 @@ def guess_columns(config: DataConfig) -> Guess:
         guesser.take("split_col", column, "split", "its cells name splits")
     for name in sorted(EXPECTED, key=lambda name: not get_modality(name).is_file):  # files first: they are certain
         guesser.guess_modality(name)
-    guesser.guess_label()
+    if has_labels(config):
+        guesser.guess_label()
     return guesser.guess
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.core.formatting import several
 from mopefuse.data.base import SPLITS
 from mopefuse.data.index import Index
-from mopefuse.data.storage.paths import COMPRESSED
 from mopefuse.data.storage.shards import find_shards
 from mopefuse.data.subsets import choose_few, hold_out
 from mopefuse.data.tables import SUFFIXES, find_tables, split_column
@@ -87,6 +87,10 @@ def _hold_out(parts: Parts, name: str, fraction: float, path: Path, config: Data
     parts["train"], parts[name] = (index, rows[kept]), (index, rows[held])
 
 
+_PACKED = re.compile(r"(?:train|val|valid|test)[-_.](?:.*\.)?(?:(?:tar|jsonl|csv|tsv)\.(?:gz|zst|bz2|xz)|tgz)", re.IGNORECASE)
+"""The name of a compressed table or shard of a split."""
+
+
 def missing_split_hint(name: str, path: Path, config: DataConfig) -> str:
     """A hint on how to provide a missing split."""
     hold_out_rows = f"hold out some rows of train with --{name}-fraction 0.1"
@@ -104,8 +108,8 @@ def missing_split_hint(name: str, path: Path, config: DataConfig) -> str:
     in_shards = any(find_shards(path, split) for split in SPLITS)
     if len(tables) == 1 and tables[0].stem not in SPLITS and not in_shards:
         return f"pass the table itself: {tables[0]}"
-    if packed := sorted(item.name for item in path.iterdir() if item.name.endswith(COMPRESSED)):
-        return f"decompress {packed[0]}: the files in a compressed shard cannot be read one by one"
+    if packed := sorted(item.name for item in path.iterdir() if _PACKED.fullmatch(item.name)):
+        return f"decompress {packed[0]}"
     files = sum(1 for _ in path.iterdir())
     no_tables = f"no table among {several(files, 'file')}" if files else "nothing"
     has = f"(the folder has {', '.join(sorted(found)[:8]) or no_tables})"

@@ -37,7 +37,10 @@ Advance = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Draw:
-    """How negatives are drawn: `count` for each pair, from the `among` best candidates that are no partners."""
+    """How negatives are drawn: `count` for each pair, from the `among` best candidates that are no partners.
+
+    If the values of these are in enough negatives already, the next ones are taken.
+    """
 
     count: int = 1
     among: int = 20
@@ -70,8 +73,10 @@ def write_candidates(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         fix = "choose a new folder, or remove this one"
-        raise DataError(DataCode.MADE_FOLDER_NOT_EMPTY, "the folder is not empty", where=str(out), fix=fix)
+        what = "the folder is not empty" if out.is_dir() else "this is a file"
+        raise DataError(DataCode.MADE_FOLDER_NOT_EMPTY, what, where=str(out), fix=fix)
     opened = open_run(run, None, checkpoint=checkpoint, device=device, advance=partial(advance, "checking files"))
+    opened.notice_changes(*opened.data.splits)
     data = opened.data
     if not data.task.compares_samples:
         what, fix = f"the run was trained for the task {data.task}", "pass a run of mopefuse train --task retrieval"
@@ -170,10 +175,17 @@ def _lines(opened: OpenRun, split: str, pairs: Sequence[tuple[int, int]], copies
         row: dict[str, Any] = {"id": f"{split}-{number:06d}"}
         for modality, place in zip(modalities, places, strict=True):
             value = found.rows[place].values[modality]
-            if copies is not None and isinstance(get_modality(modality), Files):
-                value = copies.name(found, place, modality)
+            if isinstance(get_modality(modality), Files):
+                value = copies.name(found, place, modality) if copies is not None else _plain_name(opened.data, str(value))
             row[get_column(modality, DataConfig())] = value
         yield json_text(row | {"label": MATCH if places[0] == places[1] else OTHER}) + "\n"
+
+
+def _plain_name(data: DataSet, name: str) -> str:
+    """The name of a file from another folder: as it is, or the path if it leaves its own folder and returns to another."""
+    if ".." not in PurePosixPath(name).parts or not isinstance(data.files, Folders):
+        return name
+    return str(data.files.path(name, where="", what="file").resolve())
 
 
 class _Copies:

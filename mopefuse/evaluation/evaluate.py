@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mopefuse.config.encoder_sides import Comp
 from mopefuse.config.recipe import saved_config
-from mopefuse.errors import Notice
 from mopefuse.evaluation.bundle_split import bundle_outputs
 from mopefuse.evaluation.outputs import Advance
 from mopefuse.evaluation.scoring import Evaluation, score
@@ -52,11 +50,9 @@ def evaluate(
     opened = open_run(
         folder, split, data, layout=layout, checkpoint=checkpoint, device=device, main=main, comp=comp, advance=advance
     )
-    if data is None and opened.has_changed:
-        what = f"the {split} data have changed since the run was trained, so these are not the results of the run"
-        warnings.warn(what, Notice, stacklevel=2)
-        if predictions == opened.folder.predictions_file:
-            predictions = predictions.with_name(f"predictions-{split}-changed.jsonl")
+    changed = data is None and opened.notice_changes(split)
+    if changed and predictions == opened.folder.predictions_file:
+        predictions = predictions.with_name(f"predictions-{split}-changed.jsonl")
     outputs = model_outputs(opened.model, opened.data, split, opened.config, opened.device, advance=advance)
     return score(outputs, opened.data, split, opened.thresholds, predictions=predictions)
 

@@ -122,6 +122,8 @@ def evaluate_missing(
             ConfigCode.MISSING_NEEDS_A_RUN, "--missing needs a run or an adapter, not a bundle", where="--missing", fix=fix
         )
     opened = open_run(folder, split, data, layout=layout, checkpoint=checkpoint, device=device, main=main, comp=comp)
+    if data is None:
+        opened.notice_changes(split)
     removal, requested = plan_removal(opened.model, opened.data, split, shares, seed)
     cells = _evaluate_cells(opened, removal, requested, predictions, advance)
     trained_without = {opened.model.encoder(side).modality for side in opened.model.optional_sides}

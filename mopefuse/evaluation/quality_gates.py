@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mopefuse.core.error_codes import ConfigCode, GateCode
 from mopefuse.errors import ConfigError, GateError, did_you_mean
-from mopefuse.metrics.names import LOWER_IS_BETTER
+from mopefuse.metrics.names import LOWER_IS_BETTER, in_per_cent
 from mopefuse.tasks.base import all_metrics
 
 
@@ -69,6 +69,6 @@ def check_gates(found: Mapping[str, float], gates: Gates) -> None:
             if not (found[name] >= limit if flag == "--min" else found[name] <= limit):
                 what = f"{name} is {found[name]:.4f}, {word} {limit:g}"
                 fix = f"train longer, or {'lower' if flag == '--min' else 'raise'} the threshold"
-                if flag == "--min" and 1 < limit <= 100:  # in per cent
+                if flag == "--min" and in_per_cent(name) and 2 <= limit <= 100:  # as tables show it
                     fix = f"write {name}={limit / 100:g}, as {name} is at most 1"
                 raise GateError(GateCode.METRIC_TOO_LOW, what, where=flag, fix=fix)

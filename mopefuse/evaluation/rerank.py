@@ -25,7 +25,7 @@ from mopefuse.data.base import DataSet
 from mopefuse.data.collate import Samples
 from mopefuse.data.paired_rows import pair_values
 from mopefuse.data.prefix_cache import split_prefixes
-from mopefuse.errors import ConfigError
+from mopefuse.errors import ConfigError, ResourceError
 from mopefuse.evaluation.split import prepare_samples, run_split
 from mopefuse.fusion.retrieval import SIDES
 from mopefuse.inference.rerank import OTHER, Stored, check_matcher, log_odds, store
@@ -41,12 +41,13 @@ Advance = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Reranked:
-    """The metrics of a split with and without re-ranking, and what was chosen on validation."""
+    """The metrics of a split with and without re-ranking, what was chosen on validation, and the file of predictions."""
 
     split: str
     metrics: dict[str, float]
     without: dict[str, float]
     stored: Stored
+    predictions: Path | None = None
 
 
 def evaluate_reranked(
@@ -84,25 +85,29 @@ def evaluate_reranked(
         raise ConfigError(ConfigCode.CANNOT_RERANK, what, where="--rerank", fix="remove --rerank")
     second = load_model(find_run(matcher), "best", devices.resolve(device))
     read, needed = ([model.encoder(side).modality for side in model.reads] for model in (second.model, first.model))
-    check_matcher(second.manifest["labels"], read, needed, str(matcher))
+    check_matcher(second.model.task, second.manifest["labels"], read, needed, str(matcher))
+    if data is None:
+        first.notice_changes("val", split)
     own = first.data
     if data is not None or "val" not in own.splits:
         own, _ = load_split(first.config.data, "val", first.manifest)
     stages = _Stages(first, second, candidates, advance)
     both, odds_P = stages.score(own, "val")
     weight = both.choose_weight(odds_P)
-    metrics = {"val": stages.metrics(both, weight, odds_P)}
+    found = stages.metrics(both, weight, odds_P)
+    of_run = {"val": found}
     if split != "val" or data is not None:
         both, odds_P = stages.score(first.data, split)
-        metrics[split] = stages.metrics(both, weight, odds_P)
-    stored = Stored(weight, candidates, metrics)
+        found = stages.metrics(both, weight, odds_P)
+        of_run |= {split: found} if data is None else {}
+    stored = Stored(weight, candidates, of_run)
     if distributed.is_main():
         of_first, of_second = (digest_of(one.model, one.config.method, one.config.train.precision) for one in (first, second))
         store(first.folder.path, of_first, of_second, str(matcher), stored)
         if predictions is not None:
             ids, rank_S2 = [row.id for row in first.data.splits[split].rows], both.ranks(weight, odds_P)
             write_lines(predictions, ranking_lines(ids, both.orders(weight, odds_P), rank_S2))
-    return Reranked(split, metrics[split]["with"], metrics[split]["without"], stored)
+    return Reranked(split, found["with"], found["without"], stored, predictions)
 
 
 def _require_run(path: Path) -> Path:
@@ -112,7 +117,7 @@ def _require_run(path: Path) -> Path:
         ConfigError: it is one of these.
     """
     folder = locate(path)
-    if kind := get_kind(folder).replace("run", ""):
+    if (kind := get_kind(folder)) not in ("", "run"):
         what = f"the weight is chosen on the validation split of a run, and an exported {kind} has none"
         raise ConfigError(ConfigCode.CANNOT_RERANK, what, where="--rerank", fix="pass the run that it was exported from")
     return folder
@@ -147,9 +152,12 @@ class _Stages:
         """The pairs for the matcher, with the outputs of early layers if it was trained from these: one for each value."""
         model, config, device = self.second.model, self.second.config, self.first.device
         layers = model.prefix_layers if config.data.cache_prefix == "on" else {}
-        prefixes = {
-            side: split_prefixes(model.encoder(side), layer, pairs, split, config, device) for side, layer in layers.items()
-        }
+        try:
+            prefixes = {
+                side: split_prefixes(model.encoder(side), layer, pairs, split, config, device) for side, layer in layers.items()
+            }
+        except ResourceError:  # the cache cannot be written, so all layers run
+            prefixes = {}
         return prepare_samples(model, pairs, split, config, device, prefixes=prefixes)
 
     def metrics(self, both: BothWays, weight: float, odds_P: Tensor) -> dict[str, dict[str, float]]:

@@ -25,6 +25,7 @@ from mopefuse.inference.pairs import RowReader
 from mopefuse.inference.predict import Predictor
 from mopefuse.inference.run_model import RunModel
 from mopefuse.runs.locate import locate
+from mopefuse.tasks.base import Task
 
 MATCH, OTHER = "match", "other"
 """The labels of a matcher."""
@@ -60,13 +61,14 @@ def read_stored(run: Path, first: str, matcher: str, name: str) -> Stored:
     """What `store` wrote for these two models.
 
     Raises:
-        ConfigError: nothing. CheckpointError: the file is damaged.
+        ConfigError: it was not called for them. CheckpointError: the file is damaged.
     """
     file = run / STORED
     found = (read_json(file) if file.is_file() else {}).get(_key(first, matcher))
     if found is None:
         what = f"no weight has been chosen for re-ranking with {name}, or one of the models was trained again"
-        raise ConfigError(ConfigCode.RERANK_NOT_CHOSEN, what, where=str(run), fix=f"mopefuse eval {run} --rerank {name}")
+        fix = f"mopefuse eval {run} --rerank {name}, with the same --checkpoint"
+        raise ConfigError(ConfigCode.RERANK_NOT_CHOSEN, what, where=str(run), fix=fix)
     return Stored(**{key: found[key] for key in ("weight", "candidates", "metrics")})
 
 
@@ -74,17 +76,17 @@ def _key(first: str, matcher: str) -> str:
     return f"{first} {matcher}"
 
 
-def check_matcher(labels: Sequence[str], matcher: Sequence[str], first: Sequence[str], name: str) -> None:
+def check_matcher(task: Task, labels: Sequence[str], matcher: Sequence[str], first: Sequence[str], name: str) -> None:
     """Refuse a model that cannot re-rank.
 
     Args:
-        labels: of the matcher. matcher, first: modalities of the matcher and of the first stage.
+        task, labels: of the matcher. matcher, first: modalities of the matcher and of the first stage.
 
     Raises:
-        ConfigError: the labels are not `MATCH` and `OTHER`, or the modalities differ.
+        ConfigError: it does not choose between `MATCH` and `OTHER`, or the modalities differ.
     """
     fix = "pass a run that was trained on the data of mopefuse data candidates"
-    if {*labels} != {MATCH, OTHER}:
+    if {*labels} != {MATCH, OTHER} or task != "single-label":
         what = f"{name} predicts {', '.join(labels[:4])}, and a matcher predicts {MATCH} or {OTHER}"
         raise ConfigError(ConfigCode.CANNOT_RERANK, what, where="--rerank", fix=fix)
     if {*matcher} != {*first}:
@@ -154,10 +156,10 @@ def open_reranker(
         ConfigError: the matcher is none, or nothing was stored for these two models.
     """
     if not (isinstance(first.model, RunModel) and isinstance(matcher.model, RunModel)):
-        what = "an exported bundle cannot be re-ranked, and cannot re-rank"
+        what = "re-ranking needs two runs, and one of these is an exported bundle"
         raise ConfigError(ConfigCode.CANNOT_RERANK, what, where="--rerank", fix="pass the runs that were exported")
     run, name = paths
-    check_matcher(matcher.model.labels, matcher.model.modalities, first.model.modalities, name)
+    check_matcher(matcher.model.task, matcher.model.labels, matcher.model.modalities, first.model.modalities, name)
     stored = read_stored(locate(run), first.model.digest, matcher.model.digest, name)
     modality = next(one for one in first.model.modalities if one != query)
     return Reranker(matcher.model, RowReader(gallery, config, [modality]), first.model.scale, stored, batch)

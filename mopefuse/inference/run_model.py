@@ -125,7 +125,7 @@ class RunModel:
                 chosen: list[Batch] = []
                 for side, batch in sides.items():
                     index_B = torch.from_numpy(places[self.fusion.encoder(side).modality][first : first + size])
-                    chosen.append(batch.select(index_B.to(self.device)))
+                    chosen.append(batch.select(index_B))
                 parts.append(self.fusion(_join_sides(chosen)).logits_BN.float().cpu())
         found: NDArray[np.float32] = torch.cat(parts).numpy()
         return found

@@ -49,7 +49,7 @@ class Shortlist:
         score_SK = self.score_SK + weight * odds_SK
         best_S1 = score_SK.masked_fill(~self.partner_SK, -torch.inf).amax(dim=1, keepdim=True)
         ahead_S = ((score_SK >= best_S1 - self.tie_S1) & ~self.partner_SK).sum(dim=1)
-        return torch.where(self.partner_SK.any(dim=1), 1 + ahead_S, self.rank_S)
+        return torch.where(self.rank_S <= self.place_SK.shape[1], 1 + ahead_S, self.rank_S)
 
     def order(self, weight: float, odds_SK: Tensor) -> Tensor:
         """The positions (S, K) of the candidates in the gallery after re-ranking."""

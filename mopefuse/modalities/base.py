@@ -224,10 +224,10 @@ def require_values(name: str, values: Mapping[str, Sequence[Any]], consumer: str
         DataError: there are no values of it.
     """
     if name not in values:
-        got = " and ".join(values)
+        got = f"only {' and '.join(values)}" if values else "nothing"
         raise DataError(
             DataCode.WRONG_VALUE_KIND,
-            f"{consumer} reads {name}, but got only {got}" if values else f"{consumer} reads {name}, but got nothing",
+            f"{consumer} reads {name}, but got {got}",
             fix=f"pass {get_modality(name).plural} too, one for each sample",
         )
     return values[name]

@@ -237,7 +237,7 @@ def _outside_root(where: str, what: str) -> UnsafePathError:
 def _spelling_hint(path: Path, name: str) -> str:
     """Suggest a file whose name differs only in case, or a path with other slashes."""
     backslash = "\\"
-    if backslash in name and os.path.isfile(str(path).replace(backslash, "/")):
+    if backslash in name and ".." not in name and os.path.isfile(str(path).replace(backslash, "/")):
         return f"write {name.replace(backslash, '/')}, with / in place of {backslash}"
     try:
         names = os.listdir(path.parent)

@@ -60,10 +60,14 @@ class OpenRun(Loaded):
     split: str
     device: torch.device
 
-    @property
-    def has_changed(self) -> bool:
-        """Whether the split is not the one that the run was trained with."""
-        return bool(self.manifest["data"].get(self.split) != self.data.fingerprint()[self.split])
+    def notice_changes(self, *splits: str) -> bool:
+        """Whether some splits of the run's own data are not those that it was trained with; gives a notice if so."""
+        found = self.data.fingerprint()
+        changed = [split for split in dict.fromkeys(splits) if self.manifest["data"].get(split) != found.get(split)]
+        if changed:
+            what = f"the {' and '.join(changed)} data have changed since the run was trained"
+            warnings.warn(f"{what}, so these are not the results of the run", Notice, stacklevel=2)
+        return bool(changed)
 
 
 def open_run(

@@ -182,9 +182,10 @@ class Retrieval(Task):
         return ["ranked", "scores"]
 
     def table_cells(self, prediction: Mapping[str, Any], labels: Sequence[str]) -> list[Any]:
-        """The ids of the candidates and their scores, separated by ``|``."""
+        """The ids of the candidates and the scores that decide, separated by ``|``."""
         ranked = prediction.get("ranked", ())
-        return ["|".join(str(one[key]) for one in ranked) for key in ("id", "score")]
+        scores = (one.get("reranked", one["score"]) for one in ranked)
+        return ["|".join(str(one["id"]) for one in ranked), "|".join(map(str, scores))]
 
     def collect(
         self, index_B: Tensor, outputs_BN: Tensor, targets: Tensor, thresholds: Thresholds = THRESHOLD

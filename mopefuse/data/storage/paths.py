@@ -20,7 +20,6 @@ PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "
 """By scheme of a remote path, the package that reads it."""
 TAR, PARQUET, ARROW = ".tar", ".parquet", ".arrow"
 SHARD_SUFFIXES = (TAR, PARQUET, ARROW)
-COMPRESSED = (".gz", ".tgz", ".zst", ".bz2", ".xz")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 _MOST_SHARDS = 1_000_000  # that a range may stand for

@@ -17,7 +17,6 @@ from mopefuse.data.storage.arrow_files import ArrowCells
 from mopefuse.data.storage.arrow_shards import ArrowFile
 from mopefuse.data.storage.byte_cache import ByteCache
 from mopefuse.data.storage.paths import (
-    COMPRESSED,
     SHARD_SUFFIXES,
     TAR,
     data_folder,
@@ -34,6 +33,7 @@ from mopefuse.errors import DataError, Notice
 from mopefuse.modalities.file_source import FileSource, Folders, Joined, Stamp
 
 _SPLIT_NAMES = {"train": "train|training", "val": "val|valid|validation|dev", "test": "test|testing"}
+_COMPRESSED = (".gz", ".tgz", ".zst", ".bz2", ".xz")
 _ANY_SHARD = re.compile(r".+\.(?:tar|parquet|arrow)")
 _UNNAMED = re.compile(r"data-\d+-of-\d+\.arrow")
 _COUNTED = re.compile(r"(\d+)-of-(\d+)\.\w+$")
@@ -101,7 +101,7 @@ def pattern_shards(pattern: Path) -> tuple[list[Path], Path]:
     odd = next((path for path in found if path.suffix not in SHARD_SUFFIXES), None)
     if odd is not None:
         fix = f"use a pattern for {', '.join(SHARD_SUFFIXES)} files, or pass one table"
-        fix = "decompress it" if odd.name.endswith(COMPRESSED) else fix
+        fix = "decompress it" if odd.suffix in _COMPRESSED else fix
         raise DataError(DataCode.NOT_A_TABLE, f"{odd.name} is not a shard", where=str(pattern), fix=fix)
     root = found[0].parent
     while not all(root in path.parents for path in found):
@@ -110,24 +110,31 @@ def pattern_shards(pattern: Path) -> tuple[list[Path], Path]:
 
 
 def shards_table(
-    paths: Sequence[Path], config: DataConfig, root: Path, *, advance: Callable[[int, int], None] = lambda done, total: None
+    paths: Sequence[Path],
+    config: DataConfig,
+    root: Path,
+    *,
+    complete: bool = True,
+    advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Table:
     """The rows of some shards, one after another.
 
     Args:
         root: the folder that the names of shards are relative to.
+        complete: whether they have to be all of those that their names count.
         advance: called with (shards opened, shards).
 
     Raises:
         DataError: a shard cannot be read, or they have several formats.
     """
-    kinds = {path.suffix for path in paths}
+    kinds = {path.suffix.lower() for path in paths}
     if len(kinds) > 1:
         what = f"shards have several formats: {', '.join(sorted(kinds))}"
         raise DataError(DataCode.NOT_A_TABLE, what, where=str(paths[0].parent), fix="use shards of one format")
-    _require_all(paths)
+    if complete:
+        _require_all(paths)
     named = {path.relative_to(root).as_posix(): path for path in paths}
-    return _tar_table(named, config, advance) if paths[0].suffix == TAR else _arrow_table(named, config, advance)
+    return _tar_table(named, config, advance) if kinds == {TAR} else _arrow_table(named, config, advance)
 
 
 def _tar_table(paths: Mapping[str, Path], config: DataConfig, advance: Callable[[int, int], None]) -> Table:

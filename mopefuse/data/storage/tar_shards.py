@@ -18,7 +18,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -28,7 +28,7 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core import cache
 from mopefuse.core.regular_files import open_regular
 from mopefuse.data.storage.name_table import name_key
-from mopefuse.data.storage.paths import TAR, is_remote, open_remote
+from mopefuse.data.storage.paths import is_remote, open_remote
 from mopefuse.data.storage.table import TableRow, parse_json_line
 from mopefuse.modalities.file_source import Stamp
 
@@ -265,5 +265,5 @@ def _row(sample: dict[str, Any], shard: Shard, config: DataConfig) -> dict[str, 
         files[column] = name
     row |= files
     row.pop(NAMES, None)
-    row.setdefault(config.id_col, f"{shard.name.removesuffix(TAR)}/{sample['key']}")
+    row.setdefault(config.id_col, f"{PurePosixPath(shard.name).with_suffix('')}/{sample['key']}")
     return row

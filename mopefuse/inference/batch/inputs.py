@@ -19,7 +19,7 @@ from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.data.csv_records import Records, delimiter_of
 from mopefuse.data.storage.paths import ARROW, TAR, data_path, expand_braces, remote_stamp, stamp_of
 from mopefuse.data.storage.shards import open_files, shards_table
-from mopefuse.data.storage.table import TableRow, parse_json_line
+from mopefuse.data.storage.table import Table, TableRow, parse_json_line
 from mopefuse.data.storage.tar_shards import open_shard
 from mopefuse.data.tables import SUFFIXES as TABLES
 from mopefuse.data.tables import decode_text
@@ -77,7 +77,8 @@ class Span(NamedTuple):
 def list_files(inputs: Sequence[str]) -> list[InputFile]:
     """The tables that paths, folders, globs, brace patterns and URLs name, each once, in the order of the arguments.
 
-    Those of a folder or a glob are sorted by name; names that begin with ``_`` or ``.`` are left out.
+    Those of a folder or a glob are sorted by name; names that begin with ``_`` or ``.`` are left out, and so are tar files in a
+    folder with other tables.
 
     Raises:
         ConfigError: a pattern names no table. DataError: the store cannot be read. PackageError: see `open_storage`.
@@ -108,6 +109,8 @@ def _match(pattern: str) -> list[InputFile]:
         else:
             return [identify(full_name(storage, path))] if storage.exists(path) else []
         tables = sorted(name for name, info in found.items() if info["type"] == "file" and _is_table(name))
+        if not has_magic(path):  # an archive next to tables is not one of them
+            tables = [name for name in tables if not name.lower().endswith(TAR)] or tables
         return [_input_file(storage, name, found[name]) for name in tables]
 
 
@@ -219,8 +222,7 @@ def _rows_of(file: InputFile, span: Span, columns: Sequence[str], config: DataCo
     if file.suffix == ".parquet":
         return _parquet_rows(file, span, columns)
     if file.suffix == TAR:
-        path = data_path(file.path)
-        return islice(shards_table([path], config, path.parent).rows(), span.start, span.start + span.rows)
+        return islice(_tar_table(file, config).rows(), span.start, span.start + span.rows)
     return _csv_rows(file, columns, span)
 
 
@@ -294,8 +296,12 @@ def files_in(file: InputFile, config: DataConfig) -> FileSource | None:
     """The files of a tar shard, and those next to it; None for other formats."""
     if file.suffix != TAR:
         return None
+    return open_files(data_path(file.path), config, [_tar_table(file, config)])
+
+
+def _tar_table(file: InputFile, config: DataConfig) -> Table:
     path = data_path(file.path)
-    return open_files(path, config, [shards_table([path], config, path.parent)])
+    return shards_table([path], config, path.parent, complete=False)
 
 
 # -- Parquet

@@ -24,7 +24,7 @@ from mopefuse.data.columns import Layout
 from mopefuse.data.storage.table import TableRow
 from mopefuse.errors import MopefuseError
 from mopefuse.inference.batch.contents import Contents
-from mopefuse.inference.batch.inputs import files_in, read_rows
+from mopefuse.inference.batch.inputs import InputFile, files_in, read_rows
 from mopefuse.inference.batch.output import Output, Record
 from mopefuse.inference.batch.plan import Partition
 from mopefuse.inference.batch.storage import is_url
@@ -82,9 +82,18 @@ class Reader:
 
     def chunks(self, partition: Partition) -> Iterator[Chunk]:
         """The rows of a partition, in their order; an error of the file ends them with a chunk that has it."""
-        file, layouts = partition.file, self.layouts()
-        folder = file.path.rpartition("/")[0]
-        shard = files_in(file, self.config)
+        try:
+            rows = read_rows(partition.file, partition.span, self.columns(), self.config)
+            pair = self._reader_of(partition.file)
+            with ThreadPoolExecutor(_THREADS) as pool:
+                while group := list(islice(rows, self.batch)):
+                    yield self._prepare(list(pool.map(pair, group)))
+        except MopefuseError as error:
+            yield Chunk(problem=error)
+
+    def _reader_of(self, file: InputFile) -> Callable[[TableRow], Pair]:
+        """Makes the sample of a row of a table."""
+        folder, layouts, shard = file.path.rpartition("/")[0], self.layouts(), files_in(file, self.config)
         files = shard or Folders(() if is_url(file.path) else (Path(folder or "/"), *map(Path, self.config.image_roots)))
         columns = {name: layout.columns[name] for layout in layouts for name in layout.columns if name not in layout.in_rows}
         contents = Contents(columns, folder if is_url(file.path) and shard is None else None)
@@ -97,13 +106,7 @@ class Reader:
 
             return make_pair(row, file.name, files, layouts, self.config, fetch)
 
-        try:
-            rows = read_rows(file, partition.span, self.columns(), self.config)
-            with ThreadPoolExecutor(_THREADS) as pool:
-                while group := list(islice(rows, self.batch)):
-                    yield self._prepare(list(pool.map(pair, group)))
-        except MopefuseError as error:
-            yield Chunk(problem=error)
+        return pair
 
     def _prepare(self, pairs: list[Pair]) -> Chunk:
         good = [pair for pair in pairs if pair.error is None]
