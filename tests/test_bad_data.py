@@ -339,7 +339,6 @@ def test_all_bad_rows_are_reported_and_not_only_the_first(tmp_path: Path) -> Non
 
 def test_an_image_that_becomes_unreadable_during_training_is_an_error_with_its_sample(pairs: Path, tmp_path: Path) -> None:
     from mopefuse.config.schema import Data
-from mopefuse.data.bad_rows import _allow
     from mopefuse.data.collate import Samples
     from mopefuse.data.load import load_data
     from mopefuse.errors import DataError

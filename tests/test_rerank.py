@@ -284,7 +284,8 @@ def ranked(*command: object) -> list[list[dict[str, Any]]]:
 def test_only_the_run_s_own_splits_are_stored_and_predictions_have_a_file(run: Path, matcher: Path, pairs: Path) -> None:
     (run / STORED).unlink(missing_ok=True)
     before = (run / "predictions.jsonl").read_bytes()
-    done = call("eval", run, "--rerank", matcher, "--data", pairs / "train.jsonl", "--split", "val", "--json", "--device", "cpu")
+    command = ("eval", run, "--rerank", matcher, "--data", pairs / "train.jsonl", "--split", "val")
+    done = call(*command, "--json", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     facts, (stored,) = json.loads(done.stdout), json.loads((run / STORED).read_text()).values()
     assert [*stored["metrics"]] == ["val"] and stored["metrics"]["val"]["without"] != facts["without"]
