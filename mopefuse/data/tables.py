@@ -111,7 +111,7 @@ def _table(path: Path, config: DataConfig, advance: Callable[[int, int], None]) 
         return _image_folder(path, config)
     kind = path.suffix.lower()
     if kind in SHARD_SUFFIXES:
-        return shards_table([path], config, path.parent, advance=advance)
+        return shards_table([path], config, path.parent, complete=False, advance=advance)
     content = read_bytes(path)
     digest = hashlib.sha256(content).hexdigest()
     for start, name in _MAGIC.items():
