@@ -183,7 +183,7 @@ def test_candidates_are_pairs_and_negatives_of_the_same_split(run: Path, pairs: 
 
 
 def test_the_best_candidates_are_drawn_from_in_random_order(run: Path, candidates: Path, tmp_path: Path) -> None:
-    """Otherwise a matcher would learn that what the first stage likes best is no match."""
+    """Otherwise a matcher would learn that what the first stage ranks first is not a match."""
     drawn = [shuffle_first(range(10), 5, random.Random(seed)) for seed in range(200)]
     assert all(sorted(one[:5]) == [*range(5)] and one[5:] == [*range(5, 10)] for one in drawn)
     assert len({one[0] for one in drawn}) == 5

@@ -68,8 +68,9 @@ def _list(report: Report, groups: Mapping[str, Sequence[Finding]], heading: str 
     if groups and heading:
         console.print(heading, style="bold", markup=False)
     for kind, found in groups.items():
+        common = report.fix(kind)
         for finding in found[:_MAX_OF_A_KIND]:
-            own = f" ({visible(finding.fix)})" if finding.fix != report.fix(finding.kind) else ""
+            own = f" ({visible(finding.fix)})" if finding.fix != common else ""
             text = f"{finding.severity}: {visible(finding.place)}: {visible(finding.message)}{own}"
             console.print(text, style=_COLOURS[finding.severity], markup=False)
         if len(found) > _MAX_OF_A_KIND:

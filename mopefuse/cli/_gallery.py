@@ -48,7 +48,7 @@ def find_reranker(predictor: Predictor, how: ModelOptions, config: Data, query: 
         query: the modality of the queries; None for a model that does not rank.
 
     Raises:
-        ConfigError: there is no gallery, the matcher is none, or its weight has not been chosen.
+        ConfigError: there is no gallery, the run of ``--rerank`` is not a matcher, or its weight has not been chosen.
     """
     from mopefuse.cli._render import err
     from mopefuse.errors import ConfigError

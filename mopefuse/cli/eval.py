@@ -78,7 +78,7 @@ def evaluate(
     options |= {"main": main, "comp": comp}
     _check_rerank(rerank, candidates, missing)
     if rerank is not None:
-        options |= {"candidates": candidates or 20, "predictions": out or _reranked_file(run, options)}
+        options |= {"candidates": candidates or 20, "predictions": out or _predictions_file(run, options, reranked=True)}
         _evaluate_reranked(run, rerank, options, gates, json=json)
     elif missing:
         _evaluate_missing(run, shares, options | {"seed": missing_seed}, gates, out, json=json)
@@ -143,8 +143,8 @@ def _evaluate(run: Path, options: dict[str, Any], gates: Gates, out: Path | None
     _print_gated(found.metrics, gates, {**facts, "predictions": str(found.predictions) if found.predictions else None})
 
 
-def _predictions_file(run: Path, options: dict[str, Any]) -> Path | None:
-    """The file in a run for its predictions; None for anything but a run."""
+def _predictions_file(run: Path, options: dict[str, Any], *, reranked: bool = False) -> Path | None:
+    """The file in a run for its predictions, or the re-ranked ones; None for anything but a run."""
     from mopefuse.runs.folder import RunFolder
     from mopefuse.runs.locate import get_kind, locate
 
@@ -152,9 +152,9 @@ def _predictions_file(run: Path, options: dict[str, Any]) -> Path | None:
     if get_kind(folder) != "run":
         return None
     split, checkpoint = options["split"], options["checkpoint"]
-    if split == "test" and options["data"] is None and checkpoint == "best":
+    if split == "test" and options["data"] is None and checkpoint == "best" and not reranked:
         return RunFolder(folder).predictions_file
-    return folder / f"predictions-{split}-{checkpoint}.jsonl"
+    return folder / f"predictions-{split}-{checkpoint}{'-reranked' if reranked else ''}.jsonl"
 
 
 def _print_gated(metrics: dict[str, float], gates: Gates, facts: dict[str, Any]) -> None:
@@ -192,12 +192,6 @@ def _evaluate_missing(
         return
     show(str(run), found)
     check_gates(last.metrics, gates)
-
-
-def _reranked_file(run: Path, options: dict[str, Any]) -> Path | None:
-    """The file in a run for its re-ranked predictions."""
-    file = _predictions_file(run, {**options, "data": options["data"] or run})
-    return file.with_stem(f"{file.stem}-reranked") if file else None
 
 
 def _check_rerank(rerank: Path | None, candidates: int | None, missing: list[str] | None) -> None:

@@ -218,10 +218,10 @@ def find_recipe(name: str) -> Path:
     if path.exists():
         return path
     found, known = _named(name, "**/*.yaml")
-    files = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-    near = similar_names(name, files, most=1) or [other for other in known if not other.startswith("studies/")]
-    fix = did_you_mean(name, near) or "pass a YAML file"
     if found is None:
+        files = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        near = similar_names(name, files, most=1) or [other for other in known if not other.startswith("studies/")]
+        fix = did_you_mean(name, near) or "pass a YAML file"
         raise ConfigError(ConfigCode.RECIPE_UNREADABLE, f"recipe not found: {name}", where="--recipe", fix=fix)
     return found
 

@@ -105,8 +105,7 @@ def missing_split_hint(name: str, path: Path, config: DataConfig) -> str:
         return f"{hold_out_rows}, or specify the split column with --split-col"
     found = [item.name for item in path.iterdir() if item.suffix in SUFFIXES or item.is_dir()]
     tables = [item for item in path.iterdir() if item.suffix in SUFFIXES and item.is_file()]
-    in_shards = any(find_shards(path, split) for split in SPLITS)
-    if len(tables) == 1 and tables[0].stem not in SPLITS and not in_shards:
+    if len(tables) == 1 and tables[0].stem not in SPLITS and not any(find_shards(path, split) for split in SPLITS):
         return f"pass the table itself: {tables[0]}"
     if packed := sorted(item.name for item in path.iterdir() if _PACKED.fullmatch(item.name)):
         return f"decompress {packed[0]}"

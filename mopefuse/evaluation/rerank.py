@@ -74,7 +74,7 @@ def evaluate_reranked(
         advance: called with the name of what is done, and the progress.
 
     Raises:
-        ConfigError: the first stage is no run for retrieval, or the matcher is no matcher.
+        ConfigError: the first stage was not trained for retrieval, or the second is not a matcher.
     """
     first = open_run(
         _require_run(run), split, data, layout=layout, checkpoint=checkpoint, device=device, main=main, comp=comp,

@@ -230,14 +230,14 @@ class Baselines(NamedTuple):
         of = f"the best of {len(self.fitted)} models" if len(self.fitted) > 1 else "the only model"
         best = f"{simple.name}, {of} on frozen features by {how}: {shown(simple.score)}"
         others = ", ".join(f"{one.name} {shown(one.score)}" for one in self.fitted if one is not simple)
-        lines = [f"step 0: {best}", *([f"others: {others}"] if others else [])]
-        if any(one.score > simple.score for one in self.fitted):
-            lines.append("among scores within a standard error of the best, the lowest loss decides")
         if reading is not None and self.best is reading:
             versus = f"{shown(reading.val_score)} on validation, {simple.name} {shown(simple.val_score)}"
-            lines[0] = f"step 0: {reading.name}, {versus}"
-            lines[1:2] = [f"on pooled features: {best}" + (f"; {others}" if others else "")]
-        elif reading is not None:
+            lines = [f"step 0: {reading.name}, {versus}", "; ".join(filter(None, (f"on pooled features: {best}", others)))]
+        else:
+            lines = [f"step 0: {best}", *([f"others: {others}"] if others else [])]
+        if any(one.score > simple.score for one in self.fitted):
+            lines.append("among scores within a standard error of the best, the lowest loss decides")
+        if reading is not None and self.best is not reading:
             versus = f"{shown(reading.val_score)} on validation, step 0 {shown(simple.val_score)}"
             lines.append(f"not better by more than noise: {reading.name} ({versus})")
         if self.trained_from is not self.best:

@@ -37,7 +37,7 @@ class Stored:
     """How a matcher re-ranks what a run finds, as chosen on validation.
 
     Args:
-        weight: of the log-odds; 0 if the matcher is no improvement. candidates: K.
+        weight: of the log-odds; 0 if the matcher does not improve the ranking. candidates: K.
         metrics: by split, ranks ``without`` and ``with`` re-ranking.
     """
 
@@ -153,7 +153,7 @@ def open_reranker(
         gallery, config, query: see `mopefuse.inference.gallery.open_gallery`.
 
     Raises:
-        ConfigError: the matcher is none, or nothing was stored for these two models.
+        ConfigError: the second model is not a matcher, or nothing was stored for these two models.
     """
     if not (isinstance(first.model, RunModel) and isinstance(matcher.model, RunModel)):
         what = "re-ranking needs two runs, and one of these is an exported bundle"

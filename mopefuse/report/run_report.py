@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mopefuse.core.error_codes import CheckpointCode
-from mopefuse.data.base import DataSet
 from mopefuse.errors import CheckpointError
 from mopefuse.evaluation.audit import Audit, audit_model, subsample
 from mopefuse.evaluation.missing_modalities import saved_missing
@@ -83,7 +82,7 @@ def report(
     check_places(page, data or Path(folder.config().data.path or ""), figures)
     opened = open_run(run, split=None, data=data, checkpoint=_checkpoint(folder), device=device)
     dataset, split, step = opened.data, opened.split, opened.step or 0
-    notes = _notes(folder, dataset, split, step, audited=audit)
+    notes = _notes(opened, audited=audit)
     most, total = max(1, MAX_PROBABILITIES // len(dataset.labels)), len(dataset.splits[split].rows)
     if total > most:
         dataset, _ = subsample(dataset, split, most, seed=0)
@@ -164,7 +163,8 @@ def _checkpoint(folder: RunFolder) -> str:
     return "best" if folder.best_step() is not None and folder.config().train.select == "best" else "last"
 
 
-def _notes(folder: RunFolder, data: DataSet, split: str, step: int, *, audited: bool) -> tuple[str, ...]:
+def _notes(opened: OpenRun, *, audited: bool) -> tuple[str, ...]:
+    folder, split, step = opened.folder, opened.split, opened.step or 0
     found = folder.result().get("fit")  # of a run that mopefuse fit chose
     notes = [found["headline"]] if isinstance(found, dict) and isinstance(found.get("headline"), str) else []
     if not folder.result():
@@ -176,7 +176,7 @@ def _notes(folder: RunFolder, data: DataSet, split: str, step: int, *, audited: 
         notes.append(
             "There is no test split: all numbers are from validation, which also selected the step, so they are optimistic."
         )
-    if folder.manifest()["data"].get(split) != data.fingerprint()[split]:
+    if opened.changed_splits(split):
         notes.append(f"The {split} data have changed since the run was trained.")
     if not audited:
         notes.append("The audit was skipped, so this page does not show whether the model uses the other modality.")

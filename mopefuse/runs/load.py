@@ -60,11 +60,14 @@ class OpenRun(Loaded):
     split: str
     device: torch.device
 
-    def notice_changes(self, *splits: str) -> bool:
-        """Whether some splits of the run's own data are not those that it was trained with; gives a notice if so."""
+    def changed_splits(self, *splits: str) -> list[str]:
+        """Those of some splits that are not the ones that the run was trained with."""
         found = self.data.fingerprint()
-        changed = [split for split in dict.fromkeys(splits) if self.manifest["data"].get(split) != found.get(split)]
-        if changed:
+        return [split for split in dict.fromkeys(splits) if self.manifest["data"].get(split) != found.get(split)]
+
+    def notice_changes(self, *splits: str) -> bool:
+        """Give a notice if some splits of the run's own data have changed, see `changed_splits`; returns whether they have."""
+        if changed := self.changed_splits(*splits):
             what = f"the {' and '.join(changed)} data have changed since the run was trained"
             warnings.warn(f"{what}, so these are not the results of the run", Notice, stacklevel=2)
         return bool(changed)
